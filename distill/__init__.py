@@ -1,0 +1,1 @@
+"""Distributed distillation of reasoning language models on the ``ncclx`` backend."""

@@ -1,0 +1,128 @@
+"""From a checked configuration to the parts of a run: task, tokenizer, student, teacher, method.
+
+One place knows how they must fit: a student built from scratch takes its teacher's tokenizer, tokenizers of
+different families are refused, a method that needs a teacher gets one or says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from distill.config import ModelConfig, RunConfig
+from distill.data import Task, bpe_tokenizer, build_task, char_tokenizer
+from distill.distributed import device
+from distill.engine import TORCH_DTYPES
+from distill.errors import ConfigError, DataError, ModelError
+from distill.methods import Method, Source, build_method
+from distill.models import (
+    add_lora,
+    build_model,
+    check_tokenizers,
+    context_length,
+    freeze,
+    load_model,
+    load_tokenizer,
+)
+from distill.seeds import mix
+
+TOKENIZER_EXAMPLES = 20_000
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a run works with. ``student`` may be a peft model; ``teacher`` is frozen and in evaluation mode."""
+
+    task: Task
+    held_out: Task
+    tokenizer: PreTrainedTokenizerBase
+    student: nn.Module
+    teacher: PreTrainedModel | None
+    method: Method
+
+
+def assemble(config: RunConfig) -> Parts:
+    """Load or build everything. Raises ConfigError or ModelError before anything is written."""
+    method = build_method(config.method)
+    spec = config.model.teacher
+    if spec.path is None and (method.needs_teacher or Source.TEACHER in method.uses()):
+        raise ConfigError(f"method={config.method['name']} needs a teacher; set model.teacher.path=FOLDER_OR_HUB_NAME")
+    try:
+        task, held_out = build_task(config.data, "train"), build_task(config.data, "test")
+    except (ValueError, OSError, ImportError) as error:
+        raise DataError(f"data={config.data.name}: {error}") from None
+    teacher_tokenizer = load_tokenizer(spec, "teacher") if spec.path else None
+    tokenizer = student_tokenizer(config.model, task, teacher_tokenizer)
+    if teacher_tokenizer is not None:
+        check_tokenizers(tokenizer, teacher_tokenizer)
+    teacher = None
+    if spec.path:
+        teacher = freeze(load_model(spec, "teacher", TORCH_DTYPES[config.model.teacher_dtype]))
+        nn.Module.to(teacher, device())
+    student = make_student(config, tokenizer).to(device())
+    _check_context(config, student, teacher)
+    return Parts(task, held_out, tokenizer, student, teacher, method)
+
+
+def make_student(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
+    """The student in its storage precision: fp32 under fp32 training, bf16 under bf16 (DeepSpeed keeps fp32 masters)."""
+    spec = config.model.student
+    dtype = TORCH_DTYPES[config.engine.dtype]
+    if spec.path is not None:
+        model = load_model(spec, "student", dtype)
+    elif spec.init is not None:
+        torch.manual_seed(mix(config.seed, 1) % (1 << 63))  # the same initial weights on every rank
+        model = build_model(spec.init, tokenizer, spec.attention)
+        nn.Module.to(model, dtype)
+    else:
+        raise ConfigError("no student; set model.student.path=FOLDER_OR_HUB_NAME (or model=tiny to build one)")
+    model.config.use_cache = True
+    return add_lora(model, config.model.lora) if config.model.lora.enabled else model
+
+
+def student_tokenizer(
+    model: ModelConfig, task: Task, teacher_tokenizer: PreTrainedTokenizerBase | None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the student; for one built here, the teacher's, or else one made from the data."""
+    spec = model.student
+    if spec.tokenizer != "task" and (spec.path or spec.tokenizer):
+        return load_tokenizer(spec, "student")
+    if spec.path is not None:
+        raise ConfigError("model.student.tokenizer=task is for students built from model.student.init, not for a path")
+    if teacher_tokenizer is not None:
+        return teacher_tokenizer
+    return task_tokenizer(task, spec.vocab_size)
+
+
+def _check_context(config: RunConfig, student: nn.Module, teacher: PreTrainedModel | None) -> None:
+    """A run may not ask for more positions than either model was made for."""
+    for who, model in (("student", student), ("teacher", teacher)):
+        limit = context_length(model) if model is not None else None
+        if limit is not None and config.train.max_length > limit:
+            raise ModelError(
+                f"train.max_length={config.train.max_length} exceeds the {who}'s context of {limit} tokens; "
+                f"set train.max_length={limit} or less"
+            )
+
+
+def task_tokenizer(task: Task, vocab_size: int) -> PreTrainedTokenizerBase:
+    """A tokenizer for models built here: one token per character of a task that has an alphabet, else byte-level BPE.
+
+    BPE is trained on at most TOKENIZER_EXAMPLES examples; the same data give the same tokenizer on every rank.
+    """
+    alphabet = getattr(task, "alphabet", None)
+    if alphabet:
+        return char_tokenizer(alphabet)
+    return bpe_tokenizer(sample_texts(task, TOKENIZER_EXAMPLES), vocab_size)
+
+
+def sample_texts(task: Task, count: int) -> list[str]:
+    """Prompt and reference texts of the first ``count`` examples."""
+    texts = []
+    for example in (task[i] for i in range(min(count, len(task)))):
+        prompt = example.prompt if isinstance(example.prompt, str) else "\n".join(m["content"] for m in example.prompt)
+        texts.append(prompt + (example.reference or ""))
+    return texts

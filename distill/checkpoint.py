@@ -1,0 +1,133 @@
+"""Checkpoints that are whole or absent.
+
+DeepSpeed writes its usual files into ``checkpoints/.partial_step_N``; only when every rank has written and synced its
+part does rank 0 add a manifest and rename the folder to ``step_N``. A kill at any moment leaves the previous
+checkpoint; a full disk leaves it too, and every rank raises the same error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+
+from distill.distributed import all_or_nothing, from_rank_0, gathered, rank, world_size
+from distill.engine import TrainEngine
+from distill.errors import CheckpointError
+from distill.runs import replace_folder
+
+MANIFEST = "manifest.json"
+
+
+class RecordingWriter(TorchCheckpointEngine):
+    """DeepSpeed's file writer, except that a failed write is remembered instead of raised.
+
+    DeepSpeed runs barriers between the files of a checkpoint: an exception on one rank there would leave the others waiting.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.failure: str | None = None
+
+    def save(self, state_dict: dict[str, Any], path: str) -> None:
+        if self.failure is not None:
+            return
+        try:
+            with open(path, "wb") as file:
+                torch.save(state_dict, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except (OSError, RuntimeError) as error:
+            self.failure = f"{Path(path).name}: {getattr(error, 'strerror', None) or str(error).splitlines()[0]}"
+
+
+class Checkpoints:
+    """The checkpoints of one run folder. All ranks call every method together."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+
+    def save(self, engine: TrainEngine, step: int, state: dict[str, Any]) -> None:
+        """Write ``step_<step>``. Raises CheckpointError on every rank if any rank could not write its part."""
+        target = self.folder / f"step_{step:08d}"
+        partial = self.folder / f".partial_{target.name}"
+        if rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        with all_or_nothing(CheckpointError):
+            if rank() == 0:
+                partial.mkdir(parents=True)
+        writer = RecordingWriter()
+        engine.deepspeed.checkpoint_engine = writer
+        engine.deepspeed.save_checkpoint(str(self.folder), tag=partial.name, client_state=state, save_latest=False)
+        failures = [f"rank {i}: {text}" for i, text in enumerate(gathered(writer.failure)) if text]
+        if failures:
+            self._give_up(partial, target, failures[0])
+        with all_or_nothing(CheckpointError):
+            if rank() == 0:
+                self._publish(partial, target, step)
+
+    def _give_up(self, partial: Path, target: Path, failure: str) -> None:
+        if rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        good = self.latest()
+        raise CheckpointError(
+            f"checkpoint {target} could not be written ({failure}); "
+            f"{f'the last good one is {good}' if good else 'there is no earlier one'}. "
+            "Free some space and run the same command again to continue"
+        )
+
+    def _publish(self, partial: Path, target: Path, step: int) -> None:
+        sizes = {str(f.relative_to(partial)): f.stat().st_size for f in sorted(partial.rglob("*")) if f.is_file()}
+        with (partial / MANIFEST).open("w") as file:
+            json.dump({"step": step, "world_size": world_size(), "files": sizes}, file)
+        replace_folder(partial, target)
+        for old in self._complete()[: -self.keep]:
+            shutil.rmtree(old, ignore_errors=True)
+        for abandoned in self.folder.glob(".partial_*"):
+            shutil.rmtree(abandoned, ignore_errors=True)
+
+    def _complete(self) -> list[Path]:
+        """Published checkpoints, oldest first."""
+        return sorted(path for path in self.folder.glob("step_*") if (path / MANIFEST).is_file())
+
+    def latest(self) -> Path | None:
+        """The newest published checkpoint as rank 0 sees it, the same on every rank."""
+        newest = None
+        if rank() == 0 and (complete := self._complete()):
+            newest = complete[-1]
+        return from_rank_0(newest)
+
+    def load(self, engine: TrainEngine, checkpoint: Path) -> dict[str, Any]:
+        """Put the engine back where it was; returns the ``state`` given to ``save``.
+
+        Raises CheckpointError for files that are missing, cut short, or from another number of ranks.
+        """
+        with all_or_nothing(CheckpointError):
+            verify(checkpoint, world_size())
+        engine.deepspeed.checkpoint_engine = RecordingWriter()
+        with all_or_nothing(CheckpointError):
+            path, state = engine.deepspeed.load_checkpoint(str(self.folder), tag=checkpoint.name)
+            if path is None:
+                raise CheckpointError(f"{checkpoint} could not be loaded by DeepSpeed; remove it to use the one before")
+        return state
+
+
+def verify(checkpoint: Path, ranks: int) -> None:
+    """Raise CheckpointError unless every file of the manifest is there in full and ``ranks`` ranks wrote it."""
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    for name, size in manifest["files"].items():
+        file = checkpoint / name
+        found = file.stat().st_size if file.is_file() else None
+        if found != size:
+            state = "is missing" if found is None else f"has {found} bytes instead of {size}"
+            raise CheckpointError(f"{file} {state}; remove {checkpoint} to continue from the checkpoint before it")
+    if manifest["world_size"] != ranks:
+        raise CheckpointError(
+            f"{checkpoint} was written by {manifest['world_size']} ranks and this job has {ranks}; "
+            "start as many ranks as before, or use another run.dir"
+        )

@@ -1,0 +1,106 @@
+"""The process group of a run: start, agree, gather, stop.
+
+Works under torchrun (or any launcher that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT) and without one, where the
+world is this process alone. Every reduction the trainer makes goes through here, so that a failure on one rank becomes
+the same error on all of them.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+import ncclx_py  # noqa: F401  (registers the backend)
+from distill.config import CommConfig
+from distill.errors import DistillError
+
+T = TypeVar("T")
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def device() -> torch.device:
+    """The accelerator of this local rank, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+@contextmanager
+def process_group(config: CommConfig) -> Iterator[None]:
+    """Join the world described by the environment, leave it on the way out. An existing group is used as it is."""
+    if dist.is_initialized():
+        yield
+        return
+    if "WORLD_SIZE" not in os.environ:
+        _world_of_one()
+    if device().type == "cuda":
+        torch.cuda.set_device(device())
+    dist.init_process_group(config.backend, timeout=timedelta(seconds=config.timeout_s))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _world_of_one() -> None:
+    """Give torch.distributed and DeepSpeed the environment that torchrun would have given a single process."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def total(values: list[float]) -> list[float]:
+    """Element-wise sum over ranks, in fp64."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=device())
+    dist.all_reduce(tensor)
+    return tensor.tolist()
+
+
+def gathered(value: T) -> list[T]:
+    """Every rank's ``value``, in rank order, on every rank."""
+    values: list[T | None] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values  # type: ignore[return-value]
+
+
+def from_rank_0(value: T | None) -> T:
+    """Rank 0's ``value`` on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]  # type: ignore[return-value]
+
+
+@contextmanager
+def all_or_nothing(kind: type[DistillError]) -> Iterator[None]:
+    """Run a block that may fail on some ranks only; afterwards either all ranks go on or all raise.
+
+    The block must not communicate. The first failing rank's message is raised everywhere as ``kind``.
+    """
+    message: str | None = None
+    try:
+        yield
+    except DistillError as error:
+        message = str(error)
+    except Exception as error:
+        message = f"{type(error).__name__}: {error}"
+    failures = [(index, text) for index, text in enumerate(gathered(message)) if text is not None]
+    if failures:
+        index, text = failures[0]
+        shared = kind(text if world_size() == 1 else f"{text} (rank {index})")
+        shared.on_every_rank = True
+        raise shared

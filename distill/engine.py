@@ -1,0 +1,207 @@
+"""The training engine: DeepSpeed around the student, with what the trainer needs and nothing else.
+
+    engine = TrainEngine(student, config, accumulation=4)
+    logits = engine.forward(batch)
+    engine.backward(loss_sum * scale); engine.step()
+
+ZeRO stages 0–3, fp32 and bf16 (fp32 master weights), AdamW, a learning-rate schedule from transformers. The student's weights
+for rollouts, evaluation and export come from ``plain_student`` on every stage: the module itself where each rank holds all
+parameters, a synchronised copy under ZeRO-3.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, get_scheduler
+
+if not torch.cuda.is_available():  # DeepSpeed chooses its accelerator when it is imported
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed
+from deepspeed.runtime.engine import DeepSpeedEngine
+
+from distill.config import EngineConfig, TrainSection
+from distill.data.batch import TokenBatch
+from distill.distributed import device, world_size
+from distill.errors import ConfigError
+from distill.models import TargetLogits, causal_lm, count_parameters
+from distill.muon import Muon
+
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+# DeepSpeed would compile a C++ all-reduce for inference at start-up on CPU; training never calls it.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+NO_CLIP = 1e30  # a threshold that is never reached: the norm is still measured
+TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class TrainEngine:
+    """A student in training on all ranks of the process group, which must exist already."""
+
+    def __init__(self, student: nn.Module, config: EngineConfig, train: TrainSection) -> None:
+        self.config = config
+        self.accumulation = accumulation_steps(train, world_size())
+        if config.activation_checkpointing:
+            causal_lm(student).gradient_checkpointing_enable()
+        # A pristine structure for rollouts must be taken before ZeRO-3 replaces every parameter by its shard.
+        self._blueprint = copy.deepcopy(student).eval() if config.zero_stage == 3 else None
+        optimizer = make_optimizer(student, config)
+        scheduler = schedule(optimizer, config, train.steps)
+        self.deepspeed: DeepSpeedEngine
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=TargetLogits(student),
+            optimizer=optimizer,
+            lr_scheduler=scheduler,
+            config=deepspeed_config(config, train, self.accumulation, count_parameters(student)),
+            dist_init_required=False,
+        )
+        self._unsharded_norm = 0.0
+        self.deepspeed.clip_fp32_gradients = self._clip_unsharded
+
+    def _clip_unsharded(self) -> None:
+        """What DeepSpeed does for ZeRO-0 in fp32, except that the norm is kept for the log."""
+        norm = nn.utils.clip_grad_norm_(self.deepspeed.module.parameters(), self.deepspeed.gradient_clipping())
+        self._unsharded_norm = float(norm)
+
+    @property
+    def student(self) -> nn.Module:
+        """The Hugging Face (or peft) model inside; its parameters may be shards."""
+        return self.deepspeed.module.model
+
+    def forward(self, batch: TokenBatch) -> Tensor:
+        """Student logits ``[T, V]`` of the batch's supervised positions, with gradient."""
+        self.deepspeed.train()
+        return self.deepspeed(batch)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of ``loss``, one rank's share of the global sum, to this step's gradient.
+
+        DeepSpeed averages over ranks and accumulation steps; the trainer has already normalised by the global token
+        count, so both averages are undone here.
+        """
+        self.deepspeed.backward(loss * (world_size() * self.accumulation))
+
+    def step(self) -> None:
+        """Call once after every backward; the optimizer moves on the last of an accumulation cycle."""
+        self.deepspeed.step()
+
+    @property
+    def grad_norm(self) -> float:
+        """Global gradient norm of the last optimizer step, before clipping."""
+        norm = self.deepspeed.get_global_grad_norm()
+        return self._unsharded_norm if norm is None else float(norm)
+
+    @property
+    def lr(self) -> float:
+        return float(self.deepspeed.get_lr()[0])
+
+    @contextmanager
+    def plain_student(self) -> Iterator[PreTrainedModel]:
+        """The student as an ordinary causal LM in evaluation mode, for ``no_grad`` use by every rank at once."""
+        with self.whole_student() as student:
+            yield causal_lm(student)
+
+    @contextmanager
+    def whole_student(self) -> Iterator[nn.Module]:
+        """The student, peft wrapper included, with all its parameters on this rank and in evaluation mode."""
+        model = self.student if self._blueprint is None else self._synchronised_copy()
+        training = model.training
+        model.eval()
+        try:
+            yield model
+        finally:
+            model.train(training)
+
+    def _synchronised_copy(self) -> nn.Module:
+        """Gather each sharded parameter in turn into a full copy; peak extra memory is one parameter."""
+        assert self._blueprint is not None
+        target = dict(self._blueprint.to(device()).named_parameters(remove_duplicate=False))
+        with torch.no_grad():
+            for name, parameter in self.student.named_parameters(remove_duplicate=False):
+                with deepspeed.zero.GatheredParameters([parameter]):
+                    target[name].copy_(parameter)
+        return self._blueprint
+
+
+def accumulation_steps(train: TrainSection, ranks: int) -> int:
+    """Micro-batches per rank and optimizer step. Raises ConfigError where the batch cannot be divided."""
+    per_step = ranks * train.micro_batch_size
+    if train.batch_size % per_step:
+        fitting = [m for m in range(1, train.batch_size + 1) if train.batch_size % (ranks * m) == 0]
+        remedy = (
+            f"set train.micro_batch_size to one of {fitting}"
+            if fitting
+            else f"make train.batch_size a multiple of {ranks}"
+        )
+        raise ConfigError(
+            f"train.batch_size={train.batch_size} is not divisible by {ranks} ranks × "
+            f"train.micro_batch_size={train.micro_batch_size}; {remedy}"
+        )
+    return train.batch_size // per_step
+
+
+def make_optimizer(model: nn.Module, config: EngineConfig) -> torch.optim.Optimizer:
+    """The optimizer of ``engine.optimizer`` over the trainable parameters; weight decay on matrices only."""
+    first, second = config.betas
+    groups = parameter_groups(model, config.weight_decay)
+    if config.optimizer == "muon":
+        return Muon(groups, config.lr, (first, second), config.eps, config.muon_ratio)
+    for group in groups:
+        del group["matrix"]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(first, second), eps=config.eps)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Trainable parameters as hidden matrices (``matrix=True``), embeddings and heads, and vectors (no decay)."""
+    causal = causal_lm(model)
+    ends = {id(causal.get_input_embeddings().weight), id(causal.get_output_embeddings().weight)}
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    hidden = [p for p in trainable if p.ndim == 2 and id(p) not in ends]
+    outer = [p for p in trainable if p.ndim >= 2 and (p.ndim > 2 or id(p) in ends)]
+    groups = [
+        {"params": hidden, "weight_decay": weight_decay, "matrix": True},
+        {"params": outer, "weight_decay": weight_decay, "matrix": False},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0, "matrix": False},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def schedule(optimizer: torch.optim.Optimizer, config: EngineConfig, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """The learning-rate schedule by its transformers name, over ``steps`` optimizer steps."""
+    specific = {"min_lr_rate": config.min_lr} if config.schedule == "cosine_with_min_lr" else None
+    return get_scheduler(
+        config.schedule,
+        optimizer,
+        num_warmup_steps=round(config.warmup * steps),
+        num_training_steps=steps,
+        scheduler_specific_kwargs=specific,
+    )
+
+
+def deepspeed_config(config: EngineConfig, train: TrainSection, accumulation: int, parameters: int) -> dict[str, Any]:
+    """What DeepSpeed is told. Buckets follow the model: its defaults would reserve 2 GiB for any model."""
+    bucket = max(min(parameters, 50_000_000), 1024)
+    return {
+        "train_batch_size": train.batch_size,
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.clip or NO_CLIP,
+        "bf16": {"enabled": config.dtype == "bfloat16"},
+        "zero_optimization": {
+            "stage": config.zero_stage,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+            "stage3_prefetch_bucket_size": bucket,
+        },
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 1 << 60,
+    }

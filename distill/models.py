@@ -1,0 +1,207 @@
+"""Students and teachers: loading, building, checking that they fit, adapters.
+
+A model is a Hugging Face causal LM from a folder or hub name, or one built from an architecture in the configuration.
+``TargetLogits`` wraps it so that a forward pass returns logits only where a next token is supervised: the prompt and the
+padding never cost a row of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from distill.config import LoraSpec, ModelSpec
+from distill.data.batch import TokenBatch
+from distill.errors import ModelError
+
+transformers_logging.disable_progress_bar()
+
+
+class TargetLogits(nn.Module):
+    """A causal LM whose forward pass returns the logits of a batch's supervised positions only."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model  # a causal LM, or a peft model around one
+
+    def forward(self, batch: TokenBatch) -> Tensor:
+        """Logits ``[T, V]`` (model dtype) that predict ``batch.target_ids``; T may be 0."""
+        causal = causal_lm(self.model)
+        output = causal.base_model(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            attention_mask=batch.attention_mask,
+            use_cache=False,
+        )
+        rows, columns = batch.target_index.unbind(1)
+        hidden = output.last_hidden_state[rows, columns]
+        return final_logits(causal, hidden)
+
+
+def causal_lm(model: nn.Module) -> PreTrainedModel:
+    """The causal LM inside a peft wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[return-value,operator]
+
+
+def final_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Hidden states ``[T, H]`` → logits ``[T, V]``, with the scale and soft cap that some architectures apply."""
+    logits = model.get_output_embeddings()(hidden)
+    config = model.config.get_text_config()
+    if scale := getattr(config, "logit_scale", None):  # Cohere
+        logits = logits * scale
+    if scaling := getattr(config, "logits_scaling", None):  # Granite
+        logits = logits / scaling
+    if cap := getattr(config, "final_logit_softcapping", None):  # Gemma
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+def load_tokenizer(spec: ModelSpec, who: str) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model (or at ``spec.tokenizer``). Raises ModelError naming the path."""
+    path = spec.tokenizer or spec.path
+    assert path is not None
+    _require_folder(path, f"model.{who}.tokenizer" if spec.tokenizer else f"model.{who}.path")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"no tokenizer for the {who} at '{path}': {_first_line(error)}") from None
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"the {who}'s tokenizer at '{path}' has no end-of-sequence token; set one and save it again")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(spec: ModelSpec, who: str, dtype: torch.dtype) -> PreTrainedModel:
+    """A causal LM from ``spec.path``. Raises ModelError for a missing path, a wrong kind, or a checkpoint with gaps."""
+    assert spec.path is not None
+    key = f"model.{who}.path"
+    _require_folder(spec.path, key)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            spec.path, dtype=dtype, attn_implementation=spec.attention, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(
+            f"{key}={spec.path}: cannot be loaded as a causal language model: {_first_line(error)}"
+        ) from None
+    model: PreTrainedModel = loaded[0]
+    missing = sorted(loaded[1]["missing_keys"])
+    if missing:
+        what = "a language-model head" if any("lm_head" in name for name in missing) else "some weights"
+        raise ModelError(
+            f"{key}={spec.path}: the checkpoint has no weights for {', '.join(missing[:3])}"
+            f"{' …' if len(missing) > 3 else ''}, so this {who} would lack {what}; give a complete causal LM"
+        )
+    return model
+
+
+def build_model(init: dict[str, Any], tokenizer: PreTrainedTokenizerBase, attention: str) -> PreTrainedModel:
+    """A freshly initialised causal LM of the architecture ``init``, its vocabulary taken from ``tokenizer``."""
+    values = dict(init)
+    kind = values.pop("model_type", None)
+    if kind is None:
+        raise ModelError("model.student.init lacks model_type (for example qwen3 or llama)")
+    try:
+        config = AutoConfig.for_model(
+            kind,
+            **{"vocab_size": len(tokenizer), **values},
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+        )
+        return AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ModelError(f"model.student.init: {_first_line(error)}") from None
+
+
+def add_lora(model: PreTrainedModel, spec: LoraSpec) -> nn.Module:
+    """Freeze ``model`` and add low-rank adapters (peft)."""
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    targets: str | list[str] = spec.target_modules
+    if targets != "all-linear":
+        targets = [name.strip() for name in spec.target_modules.split(",")]
+    config = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=spec.rank,
+        lora_alpha=spec.alpha,
+        lora_dropout=spec.dropout,
+        target_modules=targets,
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise ModelError(f"model.lora.target_modules={spec.target_modules}: {_first_line(error)}") from None
+
+
+def freeze(model: PreTrainedModel) -> PreTrainedModel:
+    """A teacher: evaluation mode, no gradients."""
+    return model.eval().requires_grad_(False)
+
+
+def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    """Refuse two tokenizers unless one family made both: equal ids for every token in the range both have.
+
+    Padded or extended vocabularies (151936 beside 152064) pass: only ids below the smaller size must agree.
+    Raises ModelError naming the first tokens that differ.
+    """
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    shared = min(len(student), len(teacher))
+    differing = [
+        token
+        for token in ours.keys() | theirs.keys()
+        if ours.get(token, shared) != theirs.get(token, shared)
+        and min(ours.get(token, shared), theirs.get(token, shared)) < shared
+    ]
+    if not differing and _split(student) == _split(teacher):
+        return
+    examples = ", ".join(
+        f"{token!r} is {ours.get(token, 'absent')} for the student and {theirs.get(token, 'absent')} for the teacher"
+        for token in sorted(differing)[:2]
+    )
+    raise ModelError(
+        f"the student's and the teacher's tokenizers differ in {len(differing)} of their first {shared} tokens"
+        f"{': ' + examples if examples else ' (they split the same text differently)'}. Token-level distillation needs "
+        "one tokenizer family; choose a student of the teacher's family"
+    )
+
+
+def _split(tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
+    """How a tokenizer splits a text that any general one can encode; None for a small alphabet of its own."""
+    try:
+        return tokenizer.encode("The quick brown fox: 12 + 30 = 42.\n\nHence, however, 7 < 8.")
+    except Exception:  # the tokenizers library raises bare Exception for a symbol it does not know
+        return None
+
+
+def shared_vocabulary(student: nn.Module, teacher: nn.Module) -> int:
+    """Number of leading token ids that both output layers have."""
+    sizes = [causal_lm(model).get_output_embeddings().weight.shape[0] for model in (student, teacher)]
+    return min(sizes)
+
+
+def context_length(model: nn.Module) -> int | None:
+    """Positions a model was made for, or None where its configuration does not say."""
+    return getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters of a model, each shared tensor once (ZeRO-3 shards count in full)."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+
+
+def _require_folder(path: str, key: str) -> None:
+    """A path that looks local must exist; anything else is taken for a hub name."""
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or path.startswith("outputs/")
+    if looks_local and not Path(path).is_dir():
+        raise ModelError(f"{key}={path}: no such folder")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,151 @@
+"""The run folder: one place per run, owned by one process group at a time.
+
+DIR/config.yaml       the resolved configuration
+DIR/metrics.jsonl     one flat JSON object per step (`area/name` keys)
+DIR/tensorboard/      the same, as events
+DIR/checkpoints/      step_00000100/ … (complete once they have that name)
+DIR/final/            the student in Hugging Face format
+DIR/curves.png        loss and accuracy over steps
+DIR/summary.json      what came out
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import yaml
+
+from distill.errors import CheckpointError, ConfigError
+
+# Keys that may differ between a checkpoint and the run that continues it: they change no sample, loss or weight.
+FREE_KEYS = ("run", "comm", "checkpoint", "train.log_every", "data.path", "model.student.path", "model.teacher.path")
+
+
+class RunFolder:
+    """Paths of one run, and the rules for entering it."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.metrics = self.path / "metrics.jsonl"
+        self.tensorboard = self.path / "tensorboard"
+        self.checkpoints = self.path / "checkpoints"
+        self.final = self.path / "final"
+        self.curves = self.path / "curves.png"
+        self.summary = self.path / "summary.json"
+        self._lock: TextIO | None = None
+
+    def enter(self, resolved: Mapping[str, Any], resume: str) -> None:
+        """Claim the folder for this run (rank 0 only). Creates it, or checks that what is there may be continued.
+
+        Raises ConfigError for a folder that cannot be written, is in use, or must (not) hold a run; CheckpointError
+        where its checkpoint comes from another configuration.
+        """
+        started = self.config.exists()
+        if started and resume == "never":
+            raise ConfigError(f"run.dir={self.path} already holds a run; choose another folder or run.resume=auto")
+        if not started and resume == "must":
+            raise ConfigError(f"run.dir={self.path} holds no run to continue (run.resume=must)")
+        if started:
+            self._check_same(resolved)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._claim()
+            self.checkpoints.mkdir(exist_ok=True)
+            if not started:
+                write_atomically(self.config, yaml.safe_dump(dict(resolved), sort_keys=False, allow_unicode=True))
+        except OSError as error:
+            raise ConfigError(
+                f"run.dir={self.path} cannot be written: {error.strerror}; choose another run.dir"
+            ) from None
+
+    def _claim(self) -> None:
+        """Hold a lock for the life of this process, so that two jobs never write into one run."""
+        self._lock = (self.path / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"run.dir={self.path} is in use by another running job; choose another run.dir") from None
+
+    def leave(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _check_same(self, resolved: Mapping[str, Any]) -> None:
+        try:
+            before = yaml.safe_load(self.config.read_text())
+        except (OSError, yaml.YAMLError) as error:
+            raise CheckpointError(
+                f"{self.config} cannot be read ({error}); remove the folder or choose another run.dir"
+            ) from None
+        changed = differing_keys(before, resolved)
+        if changed:
+            shown = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, old, new in changed[:4])
+            raise CheckpointError(
+                f"run.dir={self.path} was started with another configuration ({shown}); "
+                "use the same values to continue it, or another run.dir"
+            )
+
+
+def differing_keys(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """``(key, old, new)`` of every value that differs, but for FREE_KEYS."""
+    changed = []
+    for key in sorted({*before, *now}):
+        full = f"{prefix}{key}"
+        if full in FREE_KEYS:
+            continue
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            changed += differing_keys(old, new, f"{full}.")
+        elif old != new:
+            changed.append((full, old, new))
+    return changed
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write ``text`` so that a reader, or a crash at any moment, sees the old file or the new one, never half."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """``value`` as indented JSON, atomically."""
+    write_atomically(path, json.dumps(value, indent=2) + "\n")
+
+
+def replace_folder(partial: Path, target: Path) -> None:
+    """Give a complete folder its final name; an older one of that name goes away only then."""
+    for file in partial.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+    if target.exists():
+        old = target.with_name(f".{target.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        target.rename(old)
+        partial.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        partial.rename(target)
+    sync_folder(target.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Make renames in ``path`` survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,82 @@
+"""``distill train [key=value …]``, the same as ``python -m distill.train``: train a student, alone or from a teacher.
+
+    distill train                                                        # a tiny model learns the embedded task
+    torchrun --nproc-per-node 2 -m distill.train method=on_policy \\
+        model.teacher.path=outputs/train/final run.dir=outputs/student   # and teaches another, on two ranks
+
+Start the same command again after a crash: it continues from the last checkpoint to the same losses.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from distill.assembly import Parts, assemble
+from distill.cli import run_command
+from distill.config import RunConfig, load_config
+from distill.distributed import all_or_nothing, process_group, rank, world_size
+from distill.engine import accumulation_steps
+from distill.errors import CheckpointError, ConfigError, DistillError
+from distill.export import export_student
+from distill.metrics import read_metrics
+from distill.models import count_parameters
+from distill.plots import plot_curves
+from distill.progress import say
+from distill.runs import RunFolder, write_json
+
+
+def train(config: RunConfig) -> dict[str, Any]:
+    """Run to the end; returns the summary that also stands in ``summary.json``. All ranks call it together."""
+    with process_group(config.comm):
+        accumulation_steps(config.train, world_size())  # an impossible batch is refused before anything is loaded
+        with all_or_nothing(DistillError):
+            parts = assemble(config)
+        folder = RunFolder(config.run.dir)
+        with all_or_nothing(CheckpointError if folder.config.exists() else ConfigError):
+            if rank() == 0:
+                folder.enter(config.resolved, config.run.resume)
+        try:
+            return _train_in(folder, config, parts)
+        finally:
+            folder.leave()
+
+
+def _train_in(folder: RunFolder, config: RunConfig, parts: Parts) -> dict[str, Any]:
+    from distill.trainer import Trainer
+
+    began = time.perf_counter()
+    trainer = Trainer(config, parts, folder)
+    if trainer.resume():
+        say(f"continuing {folder.path} from step {trainer.done}")
+    say(
+        f"{config.method['name']} on {config.data.name}: {count_parameters(trainer.engine.student):,} parameters, "
+        f"{world_size()} ranks on {config.comm.backend}, ZeRO-{config.engine.zero_stage}, {config.engine.dtype}"
+    )
+    measured = trainer.run()
+    export_student(trainer.engine, parts.tokenizer, folder.final)
+    summary = {
+        "backend": config.comm.backend,
+        "world_size": world_size(),
+        "steps": trainer.done,
+        "seconds": round(time.perf_counter() - began, 2),
+        "parameters": count_parameters(trainer.engine.student),
+        "final": str(folder.final),
+        **measured,
+    }
+    if rank() == 0:
+        plot_curves(read_metrics(folder.metrics), folder.curves, str(folder.path))
+        write_json(folder.summary, summary)
+    say(f"model: {folder.final}   figures: {folder.metrics}   picture: {folder.curves}")
+    return summary
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return run_command("train", __doc__ or "", lambda overrides: train(load_config("config", overrides)), arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
