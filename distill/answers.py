@@ -141,8 +141,7 @@ def _commas_right(number: str) -> bool:
 
 
 def _numbers_equal(ours: Fraction, theirs: Fraction) -> bool:
-    if ours.denominator == theirs.denominator == 1:
-        return ours == theirs
+    """To six digits, at most 1e-6 apart: integers must be equal, 0.333333 will do for 1/3."""
     return abs(ours - theirs) <= Fraction(1, 10**6) * min(Fraction(1), abs(theirs))
 
 

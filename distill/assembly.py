@@ -30,6 +30,7 @@ from distill.models import (
 from distill.seeds import mix
 
 TOKENIZER_EXAMPLES = 20_000
+INITIAL = 1  # purpose of the random numbers that initialise a model
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +72,10 @@ def make_student(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> nn.Mo
     """The student in its storage precision: fp32 under fp32 training, bf16 under bf16 (DeepSpeed keeps fp32 masters)."""
     spec = config.model.student
     dtype = TORCH_DTYPES[config.engine.dtype]
+    torch.manual_seed(mix(config.seed, INITIAL) % (1 << 63))  # the same initial weights and adapters on every rank
     if spec.path is not None:
         model = load_model(spec, "student", dtype)
     elif spec.init is not None:
-        torch.manual_seed(mix(config.seed, 1) % (1 << 63))  # the same initial weights on every rank
         model = build_model(spec.init, tokenizer, spec.attention)
         nn.Module.to(model, dtype)
     else:

@@ -63,6 +63,8 @@ class TrainEngine:
             config=deepspeed_config(config, train, self.accumulation, count_parameters(student)),
             dist_init_required=False,
         )
+        if config.dtype == "bfloat16" and config.zero_stage == 0:
+            _undo_trial_step(self.deepspeed.optimizer, optimizer)
         self._unsharded_norm = 0.0
         self.deepspeed.clip_fp32_gradients = self._clip_unsharded
 
@@ -129,6 +131,18 @@ class TrainEngine:
                 with deepspeed.zero.GatheredParameters([parameter]):
                     target[name].copy_(parameter)
         return self._blueprint
+
+
+def _undo_trial_step(wrapper: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Forget the optimizer step on zero gradients by which DeepSpeed's unsharded bf16 wrapper allocates its states.
+
+    It would count as Adam's first (bias correction) and has already applied weight decay to the fp32 masters.
+    """
+    optimizer.state.clear()
+    with torch.no_grad():
+        for masters, weights in zip(wrapper.fp32_groups, wrapper.fp16_groups, strict=True):
+            for master, weight in zip(masters, weights, strict=True):
+                master.copy_(weight)
 
 
 def accumulation_steps(train: TrainSection, ranks: int) -> int:
