@@ -2,7 +2,7 @@
 
 ``extract_answer`` looks for, in this order: ``#### answer`` (the first), ``\\boxed{answer}`` (the last), "the answer
 is …" (the last), and as a fallback that can be switched off the last number. Only what follows ``</think>`` counts,
-where a response has it. ``answers_match`` compares numbers exactly; what is not a number is compared as text and then
+where a response has it. ``answers_match`` compares numbers as rationals; what is not a number is compared as text and then
 as LaTeX by math-verify, in a process of its own (``data/math_worker.py``), because model output can make a
 computer-algebra system run for hours. Neither function raises on any text. Example::
 
@@ -30,7 +30,8 @@ _RATIO = re.compile(r"([-+]?[0-9]{1,300})/([0-9]{1,300})")
 _FRAC = re.compile(r"([-+]?)\\[dt]?frac\{?(-?[0-9]{1,300}?)\}?\{?([0-9]{1,300})\}?")
 _FRAC_DIGITS = re.compile(r"([-+]?)\\[dt]?frac([0-9])([0-9])")
 _TEXT = re.compile(r"\\(?:text|textbf|mathrm|mbox|mathbf)\s?\{([^{}]*)\}")
-_SPACING = re.compile(r"\\[!,;: ]|~|\\left(?![a-zA-Z])|\\right(?![a-zA-Z])|\s+")
+# A space between two digits stays: "1 1/2" is not 11/2.
+_SPACING = re.compile(r"\\[!,;: ]|~|\\left(?![a-zA-Z])|\\right(?![a-zA-Z])|(?<![0-9])\s+|\s+(?![0-9\s])")
 
 
 def extract_answer(text: str, fallback: Fallback = "last_number") -> str | None:
@@ -48,9 +49,8 @@ def marked_answer(text: str) -> str | None:
 def answers_match(predicted: str | None, gold: str) -> bool:
     """Whether two answers say the same.
 
-    Numbers (signs, thousands commas, decimals, fractions, currency, percent) are compared as rationals: exactly where
-    both are integers, otherwise to six digits. Everything else must be equal as text, or symbolically for
-    math-verify.
+    Numbers (signs, thousands commas, decimals, fractions, currency, percent) are compared as rationals: to six
+    digits, integers exactly. Everything else must be equal as text, or symbolically for math-verify.
     """
     if predicted is None or not predicted.strip() or len(predicted) > 10 * MAX_SYMBOLIC:
         return False

@@ -101,6 +101,7 @@ def all_or_nothing(kind: type[DistillError]) -> Iterator[None]:
     failures = [(index, text) for index, text in enumerate(gathered(message)) if text is not None]
     if failures:
         index, text = failures[0]
-        shared = kind(text if world_size() == 1 else f"{text} (rank {index})")
+        alike = len(failures) == world_size() and len({text for _, text in failures}) == 1
+        shared = kind(text if alike else f"{text} (rank {index})")
         shared.on_every_rank = True
         raise shared

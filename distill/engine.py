@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -36,6 +37,8 @@ from distill.models import TargetLogits, causal_lm, count_parameters
 from distill.muon import Muon
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+# DeepSpeed calls collectives by names that torch 2.13 calls old; nothing a user could do about it.
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
 # DeepSpeed would compile a C++ all-reduce for inference at start-up on CPU; training never calls it.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
@@ -66,6 +69,8 @@ class TrainEngine:
         if config.dtype == "bfloat16" and config.zero_stage == 0:
             _undo_trial_step(self.deepspeed.optimizer, optimizer)
         self._unsharded_norm = 0.0
+        # A helper script beside every checkpoint, written without any check for a full disk; `final/` makes it needless.
+        self.deepspeed._copy_recovery_script = lambda _: None
         self.deepspeed.clip_fp32_gradients = self._clip_unsharded
 
     def _clip_unsharded(self) -> None:

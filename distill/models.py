@@ -20,6 +20,7 @@ from distill.data.batch import TokenBatch
 from distill.errors import ModelError
 
 transformers_logging.disable_progress_bar()
+transformers_logging.set_verbosity_error()  # its load reports become ModelErrors here
 
 
 class TargetLogits(nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,12 @@ def save_tiny(folder: Path, seed: int, **changes: Any) -> Path:
     model.save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))
     return folder
+
+
+@pytest.fixture(scope="session")
+def make_model() -> Callable[..., Path]:
+    """``make_model(folder, seed, **changes)``: see `save_tiny`."""
+    return save_tiny
 
 
 @pytest.fixture(scope="session")
