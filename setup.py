@@ -13,6 +13,7 @@ PACKAGE_FOLDERS = {
     "distill": "distill",
     "distill.data": "distill/data",
     "distill.methods": "distill/methods",
+    "distill.peers": "distill/peers",
     "distill.rollouts": "distill/rollouts",
     "distill.kernels": "kernels",
     "distill.conf": "conf",

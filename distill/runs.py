@@ -73,6 +73,10 @@ class RunFolder:
         except BlockingIOError:
             raise ConfigError(f"run.dir={self.path} is in use by another running job; choose another run.dir") from None
 
+    def result(self) -> dict[str, Any] | None:
+        """The summary of a run that is complete, or None."""
+        return json.loads(self.summary.read_text()) if self.summary.exists() else None
+
     def leave(self) -> None:
         if self._lock is not None:
             self._lock.close()

@@ -11,13 +11,14 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.config import RolloutConfig, RunConfig
 from distill.data import Example, Task
 from distill.data.order import SampleOrder
-from distill.data.tokenize import CannotEncode, TokenSequence, TooLong, encode_examples, encode_prompt
+from distill.data.tokenize import CannotEncode, OnLong, TokenSequence, TooLong, encode_examples, encode_prompt
 from distill.errors import DataError
 from distill.methods import Method, Source
 from distill.rollouts.generator import Generator
@@ -76,7 +77,7 @@ class SampleSource:
         sources = [self.method.source(sample, mix(self.config.seed, SOURCE)) for sample in samples]
         made = StepSamples([], sources=Counter(source.value for source in sources))
         slots: list[TokenSequence | None] = [None] * len(examples)
-        limit, on_long = self.config.train.max_length, self.config.data.on_long
+        limit, on_long = self.config.train.max_length, cast(OnLong, self.config.data.on_long)
         for i, (example, source) in enumerate(zip(examples, sources, strict=True)):
             if source is Source.REFERENCE:
                 encoded, _ = encode_examples(self.tokenizer, [example], limit, on_long)

@@ -17,7 +17,7 @@ from typing import Any
 from distill.assembly import Parts, assemble
 from distill.cli import run_command
 from distill.config import RunConfig, load_config
-from distill.distributed import all_or_nothing, process_group, rank, world_size
+from distill.distributed import all_or_nothing, from_rank_0, process_group, rank, world_size
 from distill.engine import accumulation_steps
 from distill.errors import CheckpointError, ConfigError, DistillError
 from distill.export import export_student
@@ -39,6 +39,10 @@ def train(config: RunConfig) -> dict[str, Any]:
             if rank() == 0:
                 folder.enter(config.resolved, config.run.resume)
         try:
+            finished = from_rank_0(folder.result() if rank() == 0 else None)
+            if finished is not None:
+                say(f"{folder.path} holds a finished run; choose another run.dir to train anew")
+                return finished
             return _train_in(folder, config, parts)
         finally:
             folder.leave()

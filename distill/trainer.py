@@ -59,6 +59,7 @@ class Trainer:
         self.evaluator = Evaluator(config, parts.held_out, parts.tokenizer)
         self.checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep)
         self.done = 0  # optimizer steps taken
+        self.stopped = False  # train.stop_at was reached
         self.last_eval: dict[str, float] = {}
 
     def resume(self) -> bool:
@@ -66,7 +67,8 @@ class Trainer:
         newest = self.checkpoints.latest()
         if newest is None:
             return False
-        self.done = int(self.checkpoints.load(self.engine, newest)["step"])
+        state = self.checkpoints.load(self.engine, newest)
+        self.done, self.stopped, self.last_eval = state["step"], state["stopped"], state["eval"]
         return True
 
     def run(self) -> dict[str, float]:
@@ -77,20 +79,28 @@ class Trainer:
         if options.pack:
             self._check_packing()
         with StepProgress("train", options.steps, self.done, options.log_every) as progress:
-            while self.done < options.steps:
+            if self.done == 0 and self.config.eval.every:
+                before = self._evaluate(progress)
+                if log is not None:
+                    log.write(0, before)
+            while self.done < options.steps and not self.stopped:
                 figures = self.step()
-                stop = self._evaluate_if_due(figures, progress)
+                self.stopped = self._evaluate_if_due(figures, progress)
                 if log is not None:
                     log.write(self.done, figures)
                 progress.update(self.done, shown(figures))
-                if stop or self.done == options.steps or self.done % self.config.checkpoint.every == 0:
-                    self.checkpoints.save(self.engine, self.done, {"step": self.done})
-                if stop:
+                if self.stopped or self.done == options.steps or self.done % self.config.checkpoint.every == 0:
+                    self._save()
+                if self.stopped:
                     progress.note(f"pass@1 reached train.stop_at={options.stop_at} at step {self.done}")
-                    break
         if log is not None:
             log.close()
         return self.last_eval
+
+    def _save(self) -> None:
+        """A checkpoint of everything that the rest of the run depends on; sample order and seeds follow from the step."""
+        state = {"step": self.done, "stopped": self.stopped, "eval": self.last_eval}
+        self.checkpoints.save(self.engine, self.done, state)
 
     def step(self) -> dict[str, float]:
         """One optimizer step over the next ``train.batch_size`` samples; returns its figures."""
@@ -194,20 +204,22 @@ class Trainer:
 
     def _evaluate_if_due(self, figures: dict[str, float], progress: StepProgress) -> bool:
         """Adds ``eval/…`` to ``figures`` when due; True once ``train.stop_at`` is reached."""
-        every, steps = self.config.eval.every, self.config.train.steps
-        if not every or (self.done % every and self.done != steps):
+        every, stop_at = self.config.eval.every, self.config.train.stop_at
+        if not every or (self.done % every and self.done != self.config.train.steps):
             return False
+        figures |= self._evaluate(progress)
+        return stop_at is not None and figures["eval/pass_at_1"] >= stop_at
+
+    def _evaluate(self, progress: StepProgress) -> dict[str, float]:
+        """Measure on the end of the held-out split; ``distill eval`` starts from its front."""
         size = len(self.parts.held_out)
-        problems = range(
-            max(0, size - self.config.eval.examples), size
-        )  # the end; `distill eval` starts from the front
+        problems = range(max(0, size - self.config.eval.examples), size)
         with self.engine.plain_student() as student:
-            measured = self.evaluator.measure(student, problems, self.parts.teacher)
-        self.last_eval = measured
-        figures |= {f"eval/{name}": value for name, value in measured.items()}
-        progress.note(f"step {self.done}: " + "  ".join(f"{name} {value:.4g}" for name, value in measured.items()))
-        stop_at = self.config.train.stop_at
-        return stop_at is not None and measured["pass_at_1"] >= stop_at
+            self.last_eval = self.evaluator.measure(student, problems, self.parts.teacher)
+        progress.note(
+            f"step {self.done}: " + "  ".join(f"{name} {value:.4g}" for name, value in self.last_eval.items())
+        )
+        return {f"eval/{name}": value for name, value in self.last_eval.items()}
 
     def _check_packing(self) -> None:
         """A model that lets packed sequences see each other would train on the wrong context: refuse it at once."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import subprocess
@@ -85,16 +86,29 @@ def test_models_that_cannot_be_used(
 
     other = make_model(tmp_path / "other", 3)
     char_tokenizer("9876543210+-=\n#").save_pretrained(str(other))
-    expect(two_ranks, [*run, f"model.teacher.path={other}"], "tokenizers differ", "'0' is 2 for the student and 11", "family")
+    expect(
+        two_ranks,
+        [*run, f"model.teacher.path={other}"],
+        "tokenizers differ",
+        "'0' is 2 for the student and 11",
+        "family",
+    )
 
-    expect(two_ranks, [*run, "train.max_length=4096"], "train.max_length=4096", "context of 128", "train.max_length=128")
-    expect(two_ranks, [*run, "train.batch_size=10", "train.micro_batch_size=4"], "not divisible", "train.micro_batch_size to one of")
+    expect(
+        two_ranks, [*run, "train.max_length=4096"], "train.max_length=4096", "context of 128", "train.max_length=128"
+    )
+    uneven = [*run, "train.batch_size=10", "train.micro_batch_size=4"]
+    expect(two_ranks, uneven, "not divisible", "train.micro_batch_size to one of")
     assert not (tmp_path / "run").exists(), "a run that could not start left something behind"
 
 
 @pytest.mark.dist
 def test_data_that_cannot_be_used(base_overrides: list[str], two_ranks: RankPool, tmp_path: Path) -> None:
-    run = [o for o in base_overrides if not o.startswith("data.")] + ["method=off_policy", f"run.dir={tmp_path}/run", "data=jsonl"]
+    run = [o for o in base_overrides if not o.startswith("data.")] + [
+        "method=off_policy",
+        f"run.dir={tmp_path}/run",
+        "data=jsonl",
+    ]
     empty = tmp_path / "empty.jsonl"
     empty.write_text("\n\n")
     expect(two_ranks, [*run, f"data.path={empty}"], str(empty), "empty")
@@ -103,7 +117,7 @@ def test_data_that_cannot_be_used(base_overrides: list[str], two_ranks: RankPool
     broken.write_text('{"prompt": "1+1=\\n", "response": "2"}\n{"prompt": 7}\n' * 4)
     expect(two_ranks, [*run, f"data.path={broken}"], str(broken), "2")
     long = tmp_path / "long.jsonl"
-    long.write_text('{"prompt": "%s=\\n", "response": "2"}\n' % ("1+" * 40 + "1") * 40)
+    long.write_text(json.dumps({"prompt": "1+" * 40 + "1=\n", "response": "2"}) + "\n")
     expect(two_ranks, [*run, f"data.path={long}", f"data.test_path={long}"], "its prompt alone has", "the limit is 64")
     assert not (tmp_path / "run" / "checkpoints").exists() or not any((tmp_path / "run" / "checkpoints").iterdir())
 
@@ -125,9 +139,10 @@ def test_nan_loss_names_the_samples_and_keeps_the_checkpoint(
     teacher.save_pretrained(str(tmp_path / "nan"))
     tokenizer.save_pretrained(str(tmp_path / "nan"))
     data = tmp_path / "data.jsonl"
-    lines = ['{"prompt": "%d+%d=\\n", "response": "%d"}\n' % (a, b, (a + b) % 7) for a in range(7) for b in range(7)]
-    lines[5] = '{"prompt": "7+1=\\n", "response": "1"}\n'
-    data.write_text("".join(lines))
+    pairs = [(a, b) for a in range(7) for b in range(7)]
+    pairs[5] = (7, 1)
+    rows = [{"prompt": f"{a}+{b}=\n", "response": str((a + b) % 7)} for a, b in pairs]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = [o for o in base_overrides if not o.startswith("data.")] + [
         "method=off_policy", "data=jsonl", f"data.path={data}", f"data.test_path={data}", f"run.dir={tmp_path}/run",
         "checkpoint.every=1", f"model.teacher.path={tmp_path}/nan", "seed=3",
@@ -140,18 +155,23 @@ def test_full_disk_keeps_the_last_checkpoint(base_overrides: list[str], two_rank
     from distill.metrics import read_metrics
 
     run = [*base_overrides, "method=sft", f"run.dir={tmp_path}/run", "checkpoint.every=2", "engine.zero_stage=2"]
-    expect(two_ranks, run, "could not be written", "there is no earlier one", "same command again", file_size_limit=20_000)
+    expect(
+        two_ranks, run, "could not be written", "there is no earlier one", "same command again", file_size_limit=20_000
+    )
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
     expect(two_ranks, run, "no error")
     assert [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
 @pytest.mark.dist
-def test_checkpoints_of_another_job_are_refused(base_overrides: list[str], two_ranks: RankPool, one_rank: RankPool, tmp_path: Path) -> None:
+def test_checkpoints_of_another_job_are_refused(
+    base_overrides: list[str], two_ranks: RankPool, one_rank: RankPool, tmp_path: Path
+) -> None:
     run = [*base_overrides, "method=sft", f"run.dir={tmp_path}/run", "checkpoint.every=2"]
     expect(two_ranks, run, "no error")
     expect(two_ranks, [*run, "engine.lr=0.001"], "another configuration", "engine.lr: 0.003 there, 0.001 now")
     expect(two_ranks, [*run, "run.resume=never"], "already holds a run")
+    (tmp_path / "run" / "summary.json").unlink()  # as if it had been killed at the very end
     expect(one_rank, run, "written by 2 ranks", "this job has 1")
     newest = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
     shard = next(newest.glob("*.pt"))
@@ -163,7 +183,15 @@ def test_checkpoints_of_another_job_are_refused(base_overrides: list[str], two_r
 def test_command_line_says_it_once_and_exits_with_2(base_overrides: list[str], tmp_path: Path) -> None:
     """Two ranks, one message, no traceback; and an output folder that cannot be made."""
     (tmp_path / "file").write_text("")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "distill.train"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "distill.train",
+    ]
     done = subprocess.run(
         [*command, *base_overrides, "method=sft", f"run.dir={tmp_path}/file/run"],
         capture_output=True, text=True, timeout=120, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -173,5 +201,7 @@ def test_command_line_says_it_once_and_exits_with_2(base_overrides: list[str], t
     assert "cannot be written" in done.stderr
     assert 'distill/train.py"' not in done.stderr
 
-    help_text = subprocess.run([sys.executable, "-m", "distill.train", "--help"], capture_output=True, text=True, check=True)
+    help_text = subprocess.run(
+        [sys.executable, "-m", "distill.train", "--help"], capture_output=True, text=True, check=True
+    )
     assert "on_policy" in help_text.stdout

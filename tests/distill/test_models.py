@@ -26,9 +26,7 @@ def test_target_logits_are_the_models_own(tiny_models: dict[str, Path], pack_len
     batch = collate(sequences(), 0, pack_length)
     with torch.no_grad():
         found = TargetLogits(model)(batch)
-        expected = [
-            model(torch.tensor([each.ids])).logits[0, each.prompt_length - 1 : -1] for each in sequences()
-        ]
+        expected = [model(torch.tensor([each.ids])).logits[0, each.prompt_length - 1 : -1] for each in sequences()]
     torch.testing.assert_close(found, torch.cat(expected), rtol=1e-5, atol=1e-5)
     assert batch.target_ids.tolist() == [t for each in sequences() for t in each.ids[each.prompt_length :]]
 
@@ -38,7 +36,13 @@ def test_soft_caps_and_scales_are_applied() -> None:
     """Gemma-2 caps its logits, Cohere scales them: leaving that out would distil the wrong distribution."""
     from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
-    small = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    small = {
+        "vocab_size": 20,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     small |= {"num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}
     ids = torch.tensor([[3, 5, 7, 2]])
     gemma = Gemma2ForCausalLM(Gemma2Config(**small, final_logit_softcapping=0.05)).eval()
@@ -71,13 +75,20 @@ def trained(me: Rank, overrides: list[str]) -> list[float]:
 
 @pytest.mark.dist
 def test_padded_vocabulary_of_the_teacher_is_cut_to_the_shared_prefix(
-    base_overrides: list[str], make_model: Callable[..., Path], tiny_models: dict[str, Path], one_rank: RankPool, tmp_path: Path
+    base_overrides: list[str],
+    make_model: Callable[..., Path],
+    tiny_models: dict[str, Path],
+    one_rank: RankPool,
+    tmp_path: Path,
 ) -> None:
     """A teacher with 7 more rows of padding gives the loss of the same teacher without them."""
     wide = AutoModelForCausalLM.from_pretrained(tiny_models["wide"])
     cut = make_model(tmp_path / "cut", 0, hidden_size=24)
     narrow = AutoModelForCausalLM.from_pretrained(cut)
-    weights = {name: tensor[:17] if "embed" in name or "lm_head" in name else tensor for name, tensor in wide.state_dict().items()}
+    weights = {
+        name: tensor[:17] if "embed" in name or "lm_head" in name else tensor
+        for name, tensor in wide.state_dict().items()
+    }
     narrow.load_state_dict(weights)
     narrow.save_pretrained(str(cut))
     run = [*base_overrides, "method=gkd", "train.steps=2"]
@@ -95,7 +106,13 @@ def test_lora_is_merged_into_the_final_model(
     """``final/`` is a plain causal LM equal to base + adapter; the adapter alone is kept too; the base did not move."""
     from peft import PeftModel
 
-    options = ["model.lora.enabled=true", "model.lora.rank=4", "method=off_policy", "engine.lr=0.05", "engine.zero_stage=3"]
+    options = [
+        "model.lora.enabled=true",
+        "model.lora.rank=4",
+        "method=off_policy",
+        "engine.lr=0.05",
+        "engine.zero_stage=3",
+    ]
     losses = two_ranks.run(trained, [*base_overrides, *options, "train.steps=8", f"run.dir={tmp_path}/run"])[0]
     assert losses[-1] < losses[0]
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
