@@ -39,11 +39,11 @@ def evaluate(config: RunConfig) -> dict[str, Any]:
 def measure(config: RunConfig, parts: Parts) -> dict[str, Any]:
     """Figures of the parts' student over the first ``eval.examples`` test problems, with a progress bar."""
     model = causal_lm(parts.student).eval()
-    problems = range(min(config.eval.examples, len(parts.held_out)))
+    evaluator = Evaluator(config, parts.held_out, parts.tokenizer, progress=lambda done: progress.update(done, {}))
+    problems = evaluator.problems(config.eval.examples)
     responses = len(problems[rank() :: world_size()]) * (1 + config.eval.samples)
     with StepProgress("evaluate", responses, 0, max(responses // 4, 1)) as progress:
-        evaluator = Evaluator(config, parts.held_out, parts.tokenizer, lambda done: progress.update(done, {}))
-        figures = evaluator.measure(model, problems, parts.teacher)
+        figures = evaluator.measure(model, parts.teacher)
     return {"parameters": count_parameters(model), "examples": len(problems), **figures}
 
 

@@ -44,18 +44,30 @@ class Evaluator:
     """Measures models on the held-out split; keeps a generator per model. All ranks call ``measure`` together."""
 
     def __init__(
-        self, config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase, progress: Progress | None = None
+        self,
+        config: RunConfig,
+        task: Task,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        in_training: bool = False,
+        progress: Progress | None = None,
     ) -> None:
-        self.config, self.task, self.tokenizer, self.progress = config, task, tokenizer, progress
+        self.config, self.task, self.tokenizer = config, task, tokenizer
+        self.in_training, self.progress = in_training, progress
         self._generators: dict[int, Generator] = {}
 
-    def measure(self, model: PreTrainedModel, problems: range, teacher: PreTrainedModel | None) -> dict[str, float]:
-        """Figures over these problems of the split: ``pass_at_1`` (greedy), ``exact_chain``, ``mean_length`` (tokens),
+    def problems(self, count: int) -> range:
+        """``count`` problems of the split: its last ones during training, its first ones otherwise."""
+        size = len(self.task)
+        return range(max(0, size - count), size) if self.in_training else range(min(count, size))
+
+    def measure(self, model: PreTrainedModel, teacher: PreTrainedModel | None) -> dict[str, float]:
+        """Figures over ``eval.examples`` problems: ``pass_at_1`` (greedy), ``exact_chain``, ``mean_length`` (tokens),
         ``finished``; with ``eval.samples`` also ``sampled_pass_at_<k>`` and ``sampled_mean_length``; with a teacher
         ``kl_teacher`` (forward KL in nats per token on held-out references).
         """
         options = self.config.eval
-        mine = problems[rank() :: world_size()]
+        mine = self.problems(options.examples)[rank() :: world_size()]
         examples = {i: self.task[i] for i in mine}
         greedy = self._answer(model, examples, 0, SamplingParams(max_new_tokens=self._budget, temperature=0.0))
         figures = summarise(greedy)
@@ -67,7 +79,7 @@ class Evaluator:
             figures |= pass_at_k(drawn, options.samples, options.k)
             figures["sampled_mean_length"] = summarise(drawn)["mean_length"]
         if teacher is not None and options.kl_examples:
-            kl = self.kl_to_teacher(model, teacher, problems[: options.kl_examples])
+            kl = self.kl_to_teacher(model, teacher, self.problems(options.kl_examples))
             figures |= {} if kl is None else {"kl_teacher": kl}
         return figures
 

@@ -56,7 +56,7 @@ class Trainer:
         self.engine = TrainEngine(parts.student, config.engine, config.train)
         self.teacher = ColocatedTeacher(parts.teacher) if parts.teacher is not None else None
         self.source = SampleSource(config, parts.task, parts.tokenizer, parts.method, parts.teacher)
-        self.evaluator = Evaluator(config, parts.held_out, parts.tokenizer)
+        self.evaluator = Evaluator(config, parts.held_out, parts.tokenizer, in_training=True)
         self.checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep)
         self.done = 0  # optimizer steps taken
         self.stopped = False  # train.stop_at was reached
@@ -212,10 +212,8 @@ class Trainer:
 
     def _evaluate(self, progress: StepProgress) -> dict[str, float]:
         """Measure on the end of the held-out split; ``distill eval`` starts from its front."""
-        size = len(self.parts.held_out)
-        problems = range(max(0, size - self.config.eval.examples), size)
         with self.engine.plain_student() as student:
-            self.last_eval = self.evaluator.measure(student, problems, self.parts.teacher)
+            self.last_eval = self.evaluator.measure(student, self.parts.teacher)
         progress.note(
             f"step {self.done}: " + "  ".join(f"{name} {value:.4g}" for name, value in self.last_eval.items())
         )

@@ -1,1 +1,1 @@
-"""Launchers for ncclx_py jobs (torchrun, SLURM, emulated clusters) and readable recipes."""
+"""Launching jobs: readable recipes in ``recipes/``, each a shell script around torchrun."""
