@@ -9,6 +9,8 @@ from setuptools import setup
 
 PACKAGE_FOLDERS = {
     "ncclx_py": "ncclx_py",
+    "ncclx_py.commands": "ncclx_py/commands",
+    "ncclx_py.runtime": "ncclx_py/runtime",
     "ncclx_py.launch": "launch",
     "distill": "distill",
     "distill.data": "distill/data",

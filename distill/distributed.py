@@ -19,9 +19,11 @@ import torch.distributed as dist
 
 import ncclx_py  # noqa: F401  (registers the backend)
 from distill.config import CommConfig
+from distill.data import CannotEncode, TooLong
 from distill.errors import DistillError
 
 T = TypeVar("T")
+USER_ERRORS = (TooLong, CannotEncode)  # their messages need no type in front
 
 
 def rank() -> int:
@@ -97,7 +99,12 @@ def all_or_nothing(kind: type[DistillError]) -> Iterator[None]:
     except DistillError as error:
         message = str(error)
     except Exception as error:
-        message = f"{type(error).__name__}: {error}"
+        message = str(error) if isinstance(error, USER_ERRORS) else f"{type(error).__name__}: {error}"
+    raise_together(kind, message)
+
+
+def raise_together(kind: type[DistillError], message: str | None) -> None:
+    """Raise the first rank's message on every rank; return where no rank has one. All ranks call it."""
     failures = [(index, text) for index, text in enumerate(gathered(message)) if text is not None]
     if failures:
         index, text = failures[0]

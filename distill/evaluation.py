@@ -15,8 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from distill.config import RunConfig
 from distill.data import Example, Task
 from distill.data.batch import TokenBatch, collate
-from distill.data.tokenize import TokenSequence, encode_examples, encode_prompt
-from distill.distributed import device, gathered, rank, total, world_size
+from distill.data.tokenize import OnLong, TokenSequence, TooLong, encode_examples, encode_prompt
+from distill.distributed import all_or_nothing, device, gathered, rank, total, world_size
+from distill.errors import DataError
 from distill.kernels import divergence
 from distill.models import TargetLogits
 from distill.rollouts.generator import Generator
@@ -97,14 +98,29 @@ class Evaluator:
         """Every rank's outcomes of sample number ``sample`` (0: greedy), in problem order."""
         numbers, progress = list(examples), self.progress
         before = sample * len(numbers)
+        with all_or_nothing(DataError):
+            prompts = self._prompts(examples)
         rollouts = self._generator(model).generate(
-            [encode_prompt(self.tokenizer, examples[i]) for i in numbers],
+            list(prompts.values()),
             params,
-            [mix(self.config.seed, EVAL, i, sample) for i in numbers],
+            [mix(self.config.seed, EVAL, i, sample) for i in prompts],
             (lambda done, _: progress(before + done)) if progress else None,
         )
-        outcomes = [self._judge(i, examples[i], rollout) for i, rollout in zip(numbers, rollouts, strict=True)]
+        outcomes = [self._judge(i, examples[i], rollout) for i, rollout in zip(prompts, rollouts, strict=True)]
+        outcomes += [Outcome(i, False, None, 0, False) for i in numbers if i not in prompts]
         return sorted((o for part in gathered(outcomes) for o in part), key=lambda outcome: outcome.problem)
+
+    def _prompts(self, examples: dict[int, Example]) -> dict[int, list[int]]:
+        """Prompts that leave room for an answer; with data.on_long=skip the others count as wrong, else they are an error."""
+        limit, fitting = self.config.train.max_length, {}
+        for i, example in examples.items():
+            prompt = encode_prompt(self.tokenizer, example)
+            if len(prompt) < limit:
+                fitting[i] = prompt
+            elif self.config.data.on_long != "skip":
+                remedy = "raise train.max_length, or set data.on_long=skip to count it as wrong"
+                raise TooLong(example.id, "its prompt alone has", len(prompt), limit, remedy)
+        return fitting
 
     def _judge(self, problem: int, example: Example, rollout: Rollout) -> Outcome:
         text = str(self.tokenizer.decode(rollout.response_ids, skip_special_tokens=True))
@@ -125,7 +141,9 @@ class Evaluator:
     def kl_to_teacher(self, model: PreTrainedModel, teacher: PreTrainedModel, problems: Sequence[int]) -> float | None:
         """Mean forward KL(teacher ‖ model) in nats per token on the references of ``problems``; None without references."""
         examples = [e for e in (self.task[i] for i in problems[rank() :: world_size()]) if e.reference is not None]
-        sequences, _ = encode_examples(self.tokenizer, examples, self.config.train.max_length, "truncate")
+        on_long: OnLong = "skip" if self.config.data.on_long == "skip" else "truncate"
+        with all_or_nothing(DataError):
+            sequences, _ = encode_examples(self.tokenizer, examples, self.config.train.max_length, on_long)
         sums = [0.0, 0.0]
         for batch in micro_batches(sequences, self.config.train.micro_batch_size, self._pad):
             ours, theirs = (TargetLogits(m)(batch) for m in (model, teacher))

@@ -23,9 +23,9 @@ from distill.config import RunConfig
 from distill.data.batch import TokenBatch, collate
 from distill.data.order import shard
 from distill.data.packing import check_packing
-from distill.distributed import device, gathered, rank, total, world_size
+from distill.distributed import device, gathered, raise_together, rank, total, world_size
 from distill.engine import TrainEngine
-from distill.errors import NonFiniteLossError
+from distill.errors import DataError, NonFiniteLossError
 from distill.evaluation import Evaluator
 from distill.methods import Targets, TokenLosses
 from distill.metrics import MetricsLog
@@ -108,10 +108,11 @@ class Trainer:
         torch.manual_seed(mix(self.config.seed, DROPOUT, self.done, rank()) % (1 << 63))
         size = self.config.train.batch_size
         samples = range(self.done * size, (self.done + 1) * size)
-        with self.engine.plain_student() as student:
-            made = self.source.make(self._share(samples), student)
+        made, problem = self._make(self._share(samples))
         batches = self._micro_batches(made)
-        (tokens,) = total([float(sum(len(batch.target_ids) for batch in batches))])
+        tokens, problems = total([float(sum(len(batch.target_ids) for batch in batches)), float(problem is not None)])
+        if problems:
+            raise_together(DataError, problem)
         totals = StepTotals()
         for number, batch in enumerate(batches):
             self._accumulate(batch, tokens, totals)
@@ -126,6 +127,14 @@ class Trainer:
             "perf/step_s": seconds,
             "perf/tokens_per_s": tokens / seconds,
         }
+
+    def _make(self, samples: range) -> tuple[StepSamples, str | None]:
+        """This rank's sequences, or what is wrong with one: the next reduction tells the other ranks."""
+        with self.engine.plain_student() as student:
+            try:
+                return self.source.make(samples, student), None
+            except DataError as error:
+                return StepSamples([]), str(error)
 
     def _share(self, samples: range) -> range:
         part = shard(samples, rank(), world_size())

@@ -17,7 +17,7 @@ $job experiment=gsm8k_student data.path="$data" model.teacher.path=outputs/gsm8k
 
 # 3. Both on the first 256 test questions.
 for model in teacher student; do
-    distill eval data=gsm8k data.path="$data" data.on_long=truncate model.student.path=outputs/gsm8k/$model/final \
+    distill eval data=gsm8k data.path="$data" data.on_long=skip model.student.path=outputs/gsm8k/$model/final \
         model.teacher.path=outputs/gsm8k/teacher/final model.teacher_dtype=float32 train.max_length=256 rollout.max_new_tokens=128 \
         eval.samples=0 eval.examples=256 eval.kl_examples=256 --json outputs/gsm8k/$model/eval.json
 done

@@ -1,0 +1,182 @@
+"""The part of the `ncclx` process group that is not a collective: identity, life, errors, recording.
+
+torch asks a Python process group for much through private names; each is here for the caller named beside it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import sys
+import weakref
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import profiler
+
+from ncclx_py.runtime.devices import Devices, device_types
+from ncclx_py.runtime.errors import UNSET_TIMEOUT, Call, CollectiveError, FirstFailure
+from ncclx_py.runtime.local import LocalBackend, guarded
+from ncclx_py.runtime.work import CollectiveWork
+
+GRACE = 5.0  # seconds that running collectives get when the process ends normally
+
+_open_groups: weakref.WeakSet[GroupBase] = weakref.WeakSet()
+
+
+_ProcessGroup: Any = dist.ProcessGroup  # torch's stubs know one signature per method where its callers use several
+
+
+class GroupBase(_ProcessGroup):
+    """A group of `size` ranks of which this is `rank`, with `ranks` its global ranks and `store` its rendezvous."""
+
+    def __init__(
+        self, store: Any, rank: int, size: int, timeout: timedelta, name: str, ranks: list[int], options: Any
+    ) -> None:
+        super().__init__(rank, size)
+        self._store = store
+        self._group_name = name
+        self._group_desc = "undefined"
+        self._sequence = 0
+        self._ended = ""
+        self._history = FirstFailure()
+        call = Call("connecting", name, rank, size, 0, history=self._history)
+        self._devices = guarded(call, lambda: Devices(store, rank, size, timeout, name, ranks, options))
+        _open_groups.add(self)
+
+    # One call
+
+    def ask(self, op: str, opts: Any = None, timeout: timedelta | None = None) -> Call:
+        """Opens a call: numbers it and takes its timeout from the options or the argument."""
+        self._sequence += 1
+        return Call(
+            op,
+            self._group_name,
+            self.rank(),
+            self.size(),
+            self._sequence,
+            timeout=timeout if timeout is not None else getattr(opts, "timeout", UNSET_TIMEOUT),
+            async_op=getattr(opts, "asyncOp", True),
+            history=self._history,
+        )
+
+    def start(
+        self,
+        call: Call,
+        where: Tensor | torch.device | list[Tensor],
+        run: Callable[[LocalBackend], CollectiveWork | None],
+    ) -> CollectiveWork | None:
+        """Runs a checked call on the local backend of the device of `where`."""
+        if isinstance(where, list):
+            if not where:
+                raise ValueError(f"{call}: needs at least one tensor.")
+            where = where[0]
+        device = where.device if isinstance(where, Tensor) else where
+        local = self._local(call, device)
+        if not profiler._is_profiler_enabled:
+            return run(local)
+        with profiler.record_function(f"ncclx::{call.op}"):
+            return run(local)
+
+    def joined(self, call: Call, works: Sequence[CollectiveWork | None], outputs: list[Any]) -> CollectiveWork | None:
+        """One work for several; None inside a batch of NCCL's."""
+        started = [work for work in works if work is not None]
+        return CollectiveWork(call, started, outputs) if started else None
+
+    def monitored(self, call: Call, wait_all_ranks: bool) -> None:
+        local = self._local(call, torch.device("cpu"))
+        guarded(call, lambda: local.native.monitored_barrier(call.timeout, wait_all_ranks))
+
+    def _local(self, call: Call, device: torch.device) -> LocalBackend:
+        """The local backend of a device, noted in the call. Raises `CollectiveError` when the group has ended."""
+        if self._ended:
+            raise CollectiveError(f"{call} refused: the group has been {self._ended}. Make a new group.")
+        local = guarded(call, lambda: self._devices.backend(device.type))
+        call.engine = local.name
+        return local
+
+    # Batches: torch's coalescing manager, and batch_isend_irecv where torch batches for subclasses
+
+    def _start_coalescing(self, device: torch.device) -> None:
+        self._local(self.ask("batch"), torch.device(device)).start_batch()
+
+    def _end_coalescing(self, device: torch.device) -> CollectiveWork | None:
+        call = self.ask("batch")
+        return self._local(call, torch.device(device)).end_batch(call)
+
+    # Identity: FSDP2, DeviceMesh and functional collectives find a group by its name
+
+    def getBackendName(self) -> str:
+        return "ncclx"
+
+    def getGroupName(self) -> str:
+        return self._group_name
+
+    def setGroupName(self, name: str) -> None:
+        self._group_name = name
+
+    def getGroupDesc(self) -> str:
+        return self._group_desc
+
+    def setGroupDesc(self, description: str) -> None:
+        self._group_desc = description
+
+    def get_group_store(self) -> Any:
+        return self._store
+
+    @property
+    def _device_types(self) -> list[torch.device]:
+        """Object collectives use CPU tensors where "cpu" is among these."""
+        return [torch.device(kind) for kind in device_types()]
+
+    def _get_backend(self, device: torch.device) -> Any:
+        """The c10d backend of a device, for callers that ask what it can do (``batch_isend_irecv``, FSDP2's
+        allocator, ``_set_pg_timeout``). RuntimeError where there is none."""
+        kind = torch.device(device).type
+        if self._ended or kind not in device_types():
+            raise RuntimeError(f"No backend type associated with device type {kind}")
+        return self._devices.backend(kind).native
+
+    def _set_sequence_number_for_group(self) -> None:
+        """Ranks of a group make the same calls, so the numbers agree without an exchange."""
+
+    def _get_sequence_number_for_group(self) -> int:
+        return self._sequence
+
+    def _has_hooks(self) -> bool:
+        return False
+
+    # Life
+
+    def set_timeout(self, timeout: timedelta) -> None:
+        self._devices.set_timeout(timeout)
+
+    _set_default_timeout = set_timeout
+
+    def shutdown(self) -> None:
+        """Ends the group in good order; what is still running is waited for by the library. Again: nothing."""
+        self._end("destroyed", lambda local: local.shutdown())
+
+    def abort(self) -> None:
+        """Ends the group now: what is still running fails on this rank, and soon on the others."""
+        self._end("aborted", lambda local: local.abort())
+
+    def _end(self, how: str, end: Callable[[LocalBackend], None]) -> None:
+        if not self._ended:
+            self._ended = how
+            self._devices.close(end)
+
+    def _leave(self, seconds: float) -> None:
+        self._end("left", lambda local: local.leave(seconds))
+
+
+@atexit.register
+def _leave_all() -> None:
+    """A collective that is still running when Python ends would call back into it, and crash the process. gloo, left to
+    itself, would instead hold the process until the group's timeout."""
+    seconds = 0.0 if hasattr(sys, "last_value") else GRACE  # set by an uncaught exception: nothing more will be joined
+    for group in list(_open_groups):
+        group._leave(seconds)

@@ -1,0 +1,150 @@
+"""CUDA tensors: collectives over NCCL.
+
+All stream semantics are ProcessGroupNCCL's: a call orders NCCL's stream after the caller's, ``wait`` orders the
+caller's stream after NCCL's, and the CPU blocks in neither. Several operations of one call, and all calls of a batch,
+are issued as one NCCL group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ncclx_py.runtime.errors import Call
+from ncclx_py.runtime.local import Launch, LocalBackend, guarded
+from ncclx_py.runtime.reduction import Recipe, nccl_recipe
+from ncclx_py.runtime.staging import Staging
+from ncclx_py.runtime.work import CollectiveWork
+
+
+class NcclBackend(LocalBackend):
+    """Collectives of CUDA tensors. Nothing is connected before the first one.
+
+    Two process groups serve it: point-to-point messages to a lower rank have one of their own. torch batches a send
+    with a receive only for its own ProcessGroup class, not for subclasses, so ``batch_isend_irecv`` reaches us as single
+    operations; on one communicator two ranks that first send and then receive would wait for each other for ever.
+    """
+
+    name = "nccl"
+    wire = frozenset(
+        {
+            torch.float64,
+            torch.float32,
+            torch.float16,
+            torch.bfloat16,
+            torch.int64,
+            torch.int32,
+            torch.int8,
+            torch.uint8,
+        }
+    )
+
+    def __init__(self, connect: Callable[[str], Any], rank: int, size: int) -> None:
+        """`connect` makes a ProcessGroupNCCL in a name space of the group's store."""
+        super().__init__(connect("cuda"), rank, size)
+        self._connect = connect
+        self._downward: Any = None
+        self._batch: list[Callable[[], None]] | None = None
+        self._outputs: list[Any] = []
+
+    def recipe(self, op: Any, dtype: torch.dtype) -> Recipe:
+        return nccl_recipe(op, dtype, self.size)
+
+    def start_batch(self) -> None:
+        self._batch, self._outputs = [], []
+        self.native._start_coalescing()
+
+    def end_batch(self, call: Call) -> CollectiveWork | None:
+        finishes, outputs = self._batch or [], self._outputs
+        self._batch, self._outputs = None, []
+        work = guarded(call, self.native._end_coalescing)
+        return CollectiveWork(call, [work], outputs, partial(_run, finishes) if finishes else None) if work else None
+
+    def launch(
+        self, call: Call, launches: Sequence[Launch], outputs: list[Any], stage: Staging
+    ) -> CollectiveWork | None:
+        if self._batch is not None:
+            for launch in launches:
+                guarded(call, launch)
+            self._defer(outputs, stage)
+            return None
+        if len(launches) == 1:
+            return CollectiveWork(call, [guarded(call, launches[0])], outputs, stage.finish)
+        self.native._start_coalescing()
+        try:
+            for launch in launches:
+                guarded(call, launch)
+        finally:  # NCCL's group must be closed, also when a part of it was refused
+            work = guarded(call, self.native._end_coalescing)
+        return CollectiveWork(call, [work], outputs, stage.finish)
+
+    def send(self, call: Call, tensor: Tensor, to: int, tag: int) -> CollectiveWork | None:
+        stage = Staging(self.wire)
+        channel = self._channel(downward=to < self.rank)
+        return self.exchange(call, partial(channel.send, [stage.source(tensor)], to, tag), tensor, stage)
+
+    def recv(self, call: Call, tensor: Tensor, source: int, tag: int) -> CollectiveWork | None:
+        stage = Staging(self.wire)
+        channel = self._channel(downward=source > self.rank)
+        return self.exchange(call, partial(channel.recv, [stage.target(tensor)], source, tag), tensor, stage)
+
+    def exchange(self, call: Call, launch: Launch, tensor: Tensor, stage: Staging) -> CollectiveWork | None:
+        if self._batch is not None:
+            guarded(call, launch)
+            self._defer([tensor], stage)
+            return None
+        return CollectiveWork(call, [guarded(call, launch)], [tensor], stage.finish)
+
+    def natives(self) -> list[Any]:
+        return [self.native] if self._downward is None else [self.native, self._downward]
+
+    def _channel(self, downward: bool) -> Any:
+        """The process group for messages in one direction; inside a batch there is only one."""
+        if self._batch is not None or not downward:
+            return self.native
+        if self._downward is None:
+            self._downward = self._connect("cuda-downward")
+        return self._downward
+
+    def _defer(self, outputs: list[Any], stage: Staging) -> None:
+        self._outputs.extend(outputs)
+        if stage.finish is not None and self._batch is not None:
+            self._batch.append(stage.finish)
+
+
+def nccl_connector(
+    store: Any, rank: int, size: int, timeout: timedelta, group: str, ranks: list[int], options: Any
+) -> Callable[[str], Any]:
+    """A function that makes a ProcessGroupNCCL; `options` are the caller's ``pg_options``, or None.
+
+    Raises RuntimeError where torch was built without NCCL, TypeError where `options` are not NCCL's.
+    """
+    if not dist.is_nccl_available():
+        raise RuntimeError("This torch was built without NCCL: CUDA tensors need a CUDA build of torch.")
+    native = dist.ProcessGroupNCCL
+    if options is not None and not isinstance(options, native.Options):
+        raise TypeError(
+            f"pg_options of the ncclx backend must be ProcessGroupNCCL.Options, got {type(options).__name__}."
+        )
+
+    def connect(prefix: str) -> Any:
+        chosen: Any = options if options is not None else native.Options()
+        chosen._timeout = timeout
+        chosen.global_ranks_in_group = ranks
+        chosen.group_name = group
+        made = native(dist.PrefixStore(f"{prefix}/", store), rank, size, chosen)
+        made._set_sequence_number_for_group()
+        return made
+
+    return connect
+
+
+def _run(finishes: list[Callable[[], None]]) -> None:
+    for finish in finishes:
+        finish()

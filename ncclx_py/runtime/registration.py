@@ -1,0 +1,46 @@
+"""Makes ``init_process_group("ncclx")`` known to torch.distributed.
+
+It happens at ``import ncclx_py``, not through torch's ``torch.backends`` entry points, though those would save the
+import: with one, a checkout that was moved or removed makes ``import torch`` itself fail in that environment; and as soon
+as any third-party backend is registered, torch leaves plain ``cpu:gloo`` groups without a default backend (their name
+becomes "undefined"), which programs that never asked for us should not see.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+
+BACKEND = "ncclx"
+
+
+def register() -> None:
+    """Registers the backend for CPU and CUDA tensors; calling it again changes nothing.
+
+    Raises RuntimeError where torch has no distributed package, or another package has taken the name.
+    """
+    if not dist.is_available():
+        raise RuntimeError("This torch was built without torch.distributed (USE_DISTRIBUTED=0); install a full build.")
+    plugin = dist.Backend._plugins.get(BACKEND.upper())
+    if plugin is None:
+        dist.Backend.register_backend(BACKEND, make_group, extended_api=True, devices=["cpu", "cuda"])
+    elif plugin.creator_fn is not make_group:
+        raise RuntimeError(
+            f"The backend name {BACKEND!r} is already taken by {plugin.creator_fn.__module__}: import only one of the two."
+        )
+
+
+def make_group(how: Any, options: Any) -> Any:
+    """Called by torch for each group that this rank is a member of; `how` are c10d's ``_DistributedBackendOptions``."""
+    from ncclx_py.runtime.process_group import NcclxProcessGroup  # its imports are not needed before a group is made
+
+    return NcclxProcessGroup(
+        how.store,
+        how.group_rank,
+        how.group_size,
+        how.timeout,
+        how.group_id,
+        list(how.global_ranks_in_group) or list(range(how.group_size)),
+        options,
+    )
