@@ -29,6 +29,7 @@ CASES = {
     # vocabulary size decides how soon a random model says EOS
     "64 tokens, full length": {"symbols": 1000, "max_new_tokens": 64},
     "up to 128 tokens, mixed": {"symbols": 60, "max_new_tokens": 128},
+    "up to 320 tokens, mixed": {"symbols": 200, "max_new_tokens": 320},
 }
 
 
@@ -65,7 +66,7 @@ def run_ours(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     data.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in job["prompts"]))
     overrides = [
         "model=hf", f"model.student.path={job['student']}", f"model.teacher.path={job['teacher']}", "method=on_policy",
-        "model.teacher_dtype=float32", "data=jsonl", f"data.path={data}", f"data.test_path={data}", "train.max_length=256",
+        "model.teacher_dtype=float32", "data=jsonl", f"data.path={data}", f"data.test_path={data}", "train.max_length=384",
         f"train.steps={job['steps']}", f"train.batch_size={job['batch_size']}", f"train.micro_batch_size={job['batch_size']}",
         f"rollout.max_new_tokens={job['max_new_tokens']}", f"rollout.slots={job['batch_size']}", f"engine.lr={job['lr']}",
         "engine.schedule=constant", "checkpoint.every=100000", "run.tensorboard=false", f"run.dir={folder / 'run'}",
@@ -103,14 +104,13 @@ def _run(command: list[str], log: Path, threads: int) -> None:
 
 
 def tokens_per_second(result: dict[str, Any]) -> float:
-    """Median over the steps of one run, warm-up left out."""
-    rates = [tokens / seconds for tokens, seconds in zip(result["tokens"], result["step_s"], strict=True)]
-    return statistics.median(rates[WARMUP:])
+    """Tokens over seconds of the steps of one run, warm-up left out."""
+    return sum(result["tokens"][WARMUP:]) / sum(result["step_s"][WARMUP:])
 
 
 def compare(case: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Alternate the contestants ``--runs`` times; one row each."""
-    folder = Path(options.folder) / case.split(",")[0].replace(" ", "-")
+    folder = Path(options.folder) / case.replace(",", "").replace(" ", "-")
     folder.mkdir(parents=True, exist_ok=True)
     shape = CASES[case]
     job = {
@@ -161,7 +161,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer-python", required=True, help="python of an environment that has trl")
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--folder", default="outputs/bench/training", help="models, logs and results of each run")

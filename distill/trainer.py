@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,7 @@ from distill.config import RunConfig
 from distill.data.batch import TokenBatch, collate
 from distill.data.order import shard
 from distill.data.packing import check_packing
+from distill.data.tokenize import TokenSequence
 from distill.distributed import device, gathered, raise_together, rank, total, world_size
 from distill.engine import TrainEngine
 from distill.errors import DataError, NonFiniteLossError
@@ -145,9 +147,14 @@ class Trainer:
         """Exactly ``accumulation`` micro-batches, empty ones included: every rank must make the same number of passes."""
         size, pad = self.config.train.micro_batch_size, self.parts.tokenizer.pad_token_id
         assert isinstance(pad, int)
-        pack_length = self.config.train.max_length if self.config.train.pack else None
         chunks = [made.sequences[i * size : (i + 1) * size] for i in range(self.engine.accumulation)]
-        return [collate(chunk, pad, pack_length).to(device()) for chunk in chunks]
+        return [collate(chunk, pad, self._row_length(chunk)).to(device()) for chunk in chunks]
+
+    def _row_length(self, sequences: Sequence[TokenSequence]) -> int | None:
+        """Packed rows are as long as the longest sequence: never more work than padding, in projections or in attention."""
+        if not self.config.train.pack:
+            return None
+        return max((len(sequence.ids) for sequence in sequences), default=1)
 
     def _accumulate(self, batch: TokenBatch, tokens: float, totals: StepTotals) -> None:
         """Forward and backward of one micro-batch; adds to ``totals``."""

@@ -50,15 +50,19 @@ class DivergenceSpec:
 
     kind: str = "forward_kl"
     beta: float = 0.5
-    alpha: float = 0.1
+    alpha: float | None = None  # None: the kind's own default
     temperature: float = 1.0
     path: str = "auto"
+    top_k: int = (
+        0  # of the top-k agreement and entropy in the log; 0 leaves them out (on CPU they cost a sort of every row)
+    )
 
     def __post_init__(self) -> None:
         one_of("method.divergence.kind", self.kind, KINDS)
         one_of("method.divergence.path", self.path, ("auto", "triton", "torch"))
         in_range("method.divergence.beta", self.beta, low=0.0, high=1.0)
         in_range("method.divergence.temperature", self.temperature, low=1e-3)
+        in_range("method.divergence.top_k", self.top_k, low=0)
 
     def __call__(self, targets: Targets) -> TokenLosses:
         """Divergence of every supervised position, with its monitoring figures from the same pass."""
@@ -73,6 +77,7 @@ class DivergenceSpec:
             path=self.path,
             stats=True,
             token_ids=targets.token_ids,
+            top_k=self.top_k,
         )
         return TokenLosses(output.loss, dict(output.stats or {}))
 
