@@ -31,10 +31,19 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/python -m distill.kernels.aot
 
-# Everything BENCHMARKS.md reports that can be measured on this machine; results go to outputs/bench.
-bench: setup
-	$(BIN)/python -m distill.rollouts.bench --json outputs/bench/rollouts.json
-	$(BIN)/python -m distill.bench --json outputs/bench/training.json
+# What BENCHMARKS.md reports and this machine can measure (about 20 minutes on 2 cores); results go to outputs/bench.
+PEERS := .venv-peers/.installed
+bench: setup $(PEERS)
+	mkdir -p outputs/bench
+	$(BIN)/python -m distill.rollouts.bench --threads 1 --json outputs/bench/rollouts.json
+	$(BIN)/python -m distill.bench --peer-python .venv-peers/bin/python --json outputs/bench/training.json
+	$(BIN)/python -m distill.kernels.bench --device cpu --what logits --tokens 256 --vocab 151936 --threads 1 --dtypes fp32 bf16
+
+# Peers live in an environment of their own: they are compared with, never imported.
+$(PEERS): constraints.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/pip install --quiet -c constraints.txt torch 'trl==1.16.0'
+	touch $@
 
 clean:
-	rm -rf $(VENV) outputs *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-peers outputs *.egg-info .mypy_cache .ruff_cache .pytest_cache
