@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -55,6 +56,15 @@ def process_group(config: CommConfig) -> Iterator[None]:
     try:
         yield
     finally:
+        _leave()
+
+
+def _leave() -> None:
+    """Destroy the group, and what DeepSpeed remembers of it: the next run in this process starts clean."""
+    deepspeed_comm = sys.modules.get("deepspeed.comm")
+    if deepspeed_comm is not None and deepspeed_comm.is_initialized():
+        deepspeed_comm.destroy_process_group()
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 

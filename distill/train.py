@@ -1,8 +1,8 @@
 """``distill train [key=value …]``, the same as ``python -m distill.train``: train a student, alone or from a teacher.
 
-    distill train                                                        # a tiny model learns the embedded task
-    torchrun --nproc-per-node 2 -m distill.train method=on_policy \\
-        model.teacher.path=outputs/train/final run.dir=outputs/student   # and teaches another, on two ranks
+    distill train experiment=demo_teacher run.dir=outputs/teacher         # a tiny model learns the embedded task
+    torchrun --nproc-per-node 2 -m distill.train experiment=demo_teacher method=gkd \\
+        model.teacher.path=outputs/teacher/final run.dir=outputs/student  # and teaches another, on two ranks
 
 Start the same command again after a crash: it continues from the last checkpoint to the same losses.
 """

@@ -34,7 +34,7 @@ def run_figures(me: Rank, overrides: list[str]) -> list[tuple[float, float]]:
     from distill.metrics import read_metrics
     from distill.train import train
 
-    me.init("gloo")
+    me.init("ncclx")
     config = load_config("config", overrides)
     train(config)
     return [(row["train/loss"], row["train/grad_norm"]) for row in read_metrics(Path(config.run.dir) / "metrics.jsonl")]
