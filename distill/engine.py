@@ -126,6 +126,8 @@ class TrainEngine:
             yield model
         finally:
             model.train(training)
+            if self._blueprint is not None:
+                self._blueprint.to("cpu")  # a whole model beside the shards, on the device only while it is used
 
     def _synchronised_copy(self) -> nn.Module:
         """Gather each sharded parameter in turn into a full copy; peak extra memory is one parameter."""

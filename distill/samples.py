@@ -61,8 +61,10 @@ class SampleSource:
     def examples(self, samples: range) -> list[Example]:
         return [self.task[index] for index in self.order.indices(samples.start, len(samples))]
 
-    def make(self, samples: range, student: PreTrainedModel) -> StepSamples:
+    def make(self, samples: range, student: PreTrainedModel | None) -> StepSamples:
         """Sequences for these samples, in order. ``student`` and the teacher write where the method wants them to.
+
+        ``student`` may be None for a method that never asks it to write.
 
         Raises DataError naming the example that cannot be encoded or is too long.
         """
@@ -71,7 +73,7 @@ class SampleSource:
         except (TooLong, CannotEncode) as error:
             raise DataError(str(error)) from None
 
-    def _make(self, samples: range, student: PreTrainedModel) -> StepSamples:
+    def _make(self, samples: range, student: PreTrainedModel | None) -> StepSamples:
         started = time.perf_counter()
         examples = self.examples(samples)
         sources = [self.method.source(sample, mix(self.config.seed, SOURCE)) for sample in samples]

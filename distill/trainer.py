@@ -10,10 +10,10 @@ so that the result does not depend on the number of ranks, on accumulation, or o
 
 from __future__ import annotations
 
+import math
 import time
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -29,25 +29,16 @@ from distill.distributed import device, gathered, raise_together, rank, total, w
 from distill.engine import TrainEngine
 from distill.errors import DataError, NonFiniteLossError
 from distill.evaluation import Evaluator
-from distill.methods import Targets, TokenLosses
+from distill.methods import Source, Targets
 from distill.metrics import MetricsLog
 from distill.progress import StepProgress
 from distill.runs import RunFolder
 from distill.samples import SampleSource, StepSamples
 from distill.seeds import mix
 from distill.teacher import ColocatedTeacher
+from distill.totals import StepTotals
 
 DROPOUT = 14  # purpose of the torch generator during a step
-
-
-@dataclass(slots=True)
-class StepTotals:
-    """One rank's sums over the tokens of a step."""
-
-    loss: float = 0.0
-    tokens: int = 0
-    stats: Counter[str] = field(default_factory=Counter)
-    bad_samples: list[str] = field(default_factory=list)
 
 
 class Trainer:
@@ -121,6 +112,7 @@ class Trainer:
             if number == len(batches) - 1:
                 figures = self._agree(totals, made, samples)
             self.engine.step()
+        self._check_gradient(samples)
         self.done += 1
         seconds = time.perf_counter() - began
         return figures | {
@@ -132,7 +124,8 @@ class Trainer:
 
     def _make(self, samples: range) -> tuple[StepSamples, str | None]:
         """This rank's sequences, or what is wrong with one: the next reduction tells the other ranks."""
-        with self.engine.plain_student() as student:
+        writes = Source.STUDENT in self.parts.method.uses()
+        with self.engine.plain_student() if writes else nullcontext() as student:
             try:
                 return self.source.make(samples, student), None
             except DataError as error:
@@ -163,30 +156,17 @@ class Trainer:
         if self.parts.method.needs_teacher and self.teacher is not None:
             teacher_logits = self.teacher.logits(batch)
         losses = self.parts.method.token_losses(Targets(student_logits, teacher_logits, batch.target_ids))
+        totals.add(losses, batch)
         loss = losses.loss.sum()
-        totals.loss += float(loss.detach().double())
-        totals.tokens += len(batch.target_ids)
-        totals.bad_samples += bad_samples(losses, batch)
-        for name, values in losses.stats.items():
-            totals.stats[name] += float(values.double().sum())  # type: ignore[assignment]
         # No targets at all: still a backward pass, because ZeRO reduces gradients inside it on every rank.
         self.engine.backward(loss / max(tokens, 1.0) if len(batch.target_ids) else student_logits.sum() * 0.0)
 
     def _agree(self, totals: StepTotals, made: StepSamples, samples: range) -> dict[str, float]:
         """Global figures of the step. Raises NonFiniteLossError on every rank, before any weight moves."""
-        names = sorted(totals.stats)
-        counts = [made.skipped, made.rollouts, made.generated_tokens, made.finished, made.correct]
-        sums = total(
-            [
-                totals.loss,
-                totals.tokens,
-                *map(float, counts),
-                float(len(totals.bad_samples)),
-                *(totals.stats[n] for n in names),
-            ]
-        )
-        loss, tokens, skipped, rollouts, generated, finished, correct, bad, *stats = sums
-        if bad or loss != loss:
+        counts = [made.skipped, made.rollouts, made.generated_tokens, made.finished, made.correct, totals.tokens]
+        sums = total([*map(float, counts), *totals.values()])
+        skipped, rollouts, generated, finished, correct, tokens, loss, bad, *stats = sums
+        if bad:
             self._stop_for(totals)
         per_token = max(tokens, 1.0)
         figures = {
@@ -197,7 +177,7 @@ class Trainer:
             "data/skipped": skipped,
             "perf/sample_s": made.seconds,
         }
-        figures |= {f"monitor/{name}": value / per_token for name, value in zip(names, stats, strict=True)}
+        figures |= {f"monitor/{name}": value / per_token for name, value in zip(totals.names, stats, strict=True)}
         if rollouts:
             figures |= {
                 "rollout/share": rollouts / len(samples),
@@ -209,14 +189,24 @@ class Trainer:
         return figures
 
     def _stop_for(self, totals: StepTotals) -> None:
-        bad = [name for part in gathered(totals.bad_samples) for name in part]
-        good = self.checkpoints.latest()
+        bad = [name for part in gathered(totals.bad_samples()) for name in part]
+        names = f"{', '.join(bad[:4])}{' and others' if len(bad) > 4 else ''}"
         raise NonFiniteLossError(
-            f"step {self.done + 1}: the loss is not finite on {', '.join(bad[:4]) or 'an unnamed sample'}"
-            f"{' and others' if len(bad) > 4 else ''}; no weight was changed. "
-            f"{f'The last good checkpoint is {good}' if good else 'There is no checkpoint yet'}. "
+            f"step {self.done + 1}: the loss is not finite on {names}; no weight was changed. {self._last_good()}. "
             "Try a lower engine.lr, engine.clip=1, or engine.dtype=float32, and look at these samples"
         )
+
+    def _check_gradient(self, samples: range) -> None:
+        """A gradient that overflowed has spoilt the weights in memory: stop before they are saved."""
+        if not math.isfinite(self.engine.grad_norm):
+            raise NonFiniteLossError(
+                f"step {self.done + 1}: the gradient norm is {self.engine.grad_norm} although every loss is finite (samples "
+                f"{samples.start} to {samples.stop - 1}). {self._last_good()}. Try a lower engine.lr or engine.dtype=float32"
+            )
+
+    def _last_good(self) -> str:
+        good = self.checkpoints.latest()
+        return f"The last good checkpoint is {good}" if good else "There is no checkpoint yet"
 
     def _evaluate_if_due(self, figures: dict[str, float], progress: StepProgress) -> bool:
         """Adds ``eval/…`` to ``figures`` when due; True once ``train.stop_at`` is reached."""
@@ -247,12 +237,6 @@ class Trainer:
                 device(),
                 rows,
             )
-
-
-def bad_samples(losses: TokenLosses, batch: TokenBatch) -> list[str]:
-    """Ids of the samples that have a NaN or infinite loss on some token."""
-    wrong = batch.sequence_index[~torch.isfinite(losses.loss.detach())]
-    return [batch.example_ids[i] for i in sorted(set(wrong.tolist()))]
 
 
 def shown(figures: dict[str, Any]) -> dict[str, float]:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from harness import Rank, RankPool
@@ -148,6 +149,36 @@ def test_nan_loss_names_the_samples_and_keeps_the_checkpoint(
         "checkpoint.every=1", f"model.teacher.path={tmp_path}/nan", "seed=3",
     ]  # fmt: skip
     expect(two_ranks, run, "not finite", f"{data}:6", "no weight was changed", "engine.lr")
+
+
+def overflow(me: Rank, overrides: list[str]) -> str:
+    """The message of a run whose third gradient overflows while every loss is finite."""
+    from distill.engine import TrainEngine
+
+    original = TrainEngine.backward
+
+    def poisoned(self: TrainEngine, loss: Any) -> None:
+        original(self, loss * (float("inf") if self.deepspeed.global_steps == 2 else 1.0))
+
+    TrainEngine.backward = poisoned  # type: ignore[method-assign]
+    try:
+        return failure(me, overrides)
+    finally:
+        TrainEngine.backward = original  # type: ignore[method-assign]
+
+
+@pytest.mark.dist
+def test_overflowing_gradient_stops_before_it_is_saved(
+    base_overrides: list[str], two_ranks: RankPool, tmp_path: Path
+) -> None:
+    run = [*base_overrides, "method=sft", "checkpoint.every=1", f"run.dir={tmp_path}/run"]
+    for message in two_ranks.run(overflow, run):
+        for word in ("step 3", "gradient norm is", "samples 32 to 47", "step_00000002", "engine.lr"):
+            assert word in message, message
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == [
+        "step_00000001",
+        "step_00000002",
+    ]
 
 
 @pytest.mark.dist
