@@ -43,7 +43,9 @@ class RecordingWriter(TorchCheckpointEngine):
                 file.flush()
                 os.fsync(file.fileno())
         except (OSError, RuntimeError) as error:
-            self.failure = f"{Path(path).name}: {getattr(error, 'strerror', None) or str(error).splitlines()[0]}"
+            # torch reports that its archive is cut short, in words of its own; what the disk said is the error before it.
+            cause = error.__context__ if isinstance(error.__context__, OSError) else error
+            self.failure = f"{Path(path).name}: {getattr(cause, 'strerror', None) or str(cause).splitlines()[0]}"
 
 
 class Checkpoints:
@@ -75,11 +77,13 @@ class Checkpoints:
         if rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
         good = self.latest()
-        raise CheckpointError(
+        error = CheckpointError(
             f"checkpoint {target} could not be written ({failure}); "
             f"{f'the last good one is {good}' if good else 'there is no earlier one'}. "
             "Free some space and run the same command again to continue"
         )
+        error.on_every_rank = True
+        raise error
 
     def _publish(self, partial: Path, target: Path, step: int) -> None:
         sizes = {str(f.relative_to(partial)): f.stat().st_size for f in sorted(partial.rglob("*")) if f.is_file()}

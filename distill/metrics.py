@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from distill.config import RunSection
+from distill.errors import CheckpointError
 from distill.runs import RunFolder, write_atomically
 
 
@@ -31,9 +32,15 @@ class MetricsLog:
             self._wandb = wandb.init(project=options.wandb, config=resolved, dir=str(folder.path), resume="allow")
 
     def write(self, step: int, figures: dict[str, float]) -> None:
-        """Append one row; it is on disk's way before the next step starts."""
-        self._file.write(json.dumps({"step": step, **figures}) + "\n")
-        self._file.flush()
+        """Append one row; the kernel has it before the next step starts. Raises CheckpointError where it cannot be written."""
+        try:
+            self._file.write(json.dumps({"step": step, **figures}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise CheckpointError(
+                f"{self._file.name} could not be written ({error.strerror}); free some space and run the same command again "
+                "to continue from the last checkpoint"
+            ) from None
         if self._writer is not None:
             for key, value in figures.items():
                 self._writer.add_scalar(key, value, step)
