@@ -181,12 +181,6 @@ def _split(tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
         return None
 
 
-def shared_vocabulary(student: nn.Module, teacher: nn.Module) -> int:
-    """Number of leading token ids that both output layers have."""
-    sizes = [causal_lm(model).get_output_embeddings().weight.shape[0] for model in (student, teacher)]
-    return min(sizes)
-
-
 def context_length(model: nn.Module) -> int | None:
     """Positions a model was made for, or None where its configuration does not say."""
     return getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None)

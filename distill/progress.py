@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -63,12 +62,3 @@ def say(text: str) -> None:
     """Print for the person, once per job."""
     if rank() == 0:
         console.print(text)
-
-
-@contextmanager
-def timed(what: str) -> Iterator[None]:
-    """Announce a long piece of work and how long it took."""
-    started = time.perf_counter()
-    say(f"{what} …")
-    yield
-    say(f"{what}: {time.perf_counter() - started:.1f} s")

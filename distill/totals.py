@@ -26,7 +26,9 @@ class StepTotals:
         self.names = sorted(losses.stats)
         self.tokens += len(batch.target_ids)
         loss = losses.loss.detach()
-        columns = [loss, (~loss.isfinite()), *(losses.stats[name] for name in self.names)]
+        # A token outside the shared vocabulary has log-probability −inf: it must not blot out the figure of all others.
+        stats = [losses.stats[name].nan_to_num(0.0, 0.0, 0.0) for name in self.names]
+        columns = [loss, ~loss.isfinite(), *stats]
         sums = torch.stack([column.sum(dtype=torch.float64) for column in columns])
         self._sums = sums if self._sums is None else self._sums + sums
         self._parts.append((loss, batch))

@@ -10,7 +10,6 @@ from typing import Literal
 
 Split = Literal["train", "test"]
 
-SPLITS: tuple[Split, ...] = ("train", "test")
 TEST_SHARE = 0.1
 _KEY = b"distill/split/1"
 
