@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from distill.config import RunConfig
 from distill.data import Example, Task
 from distill.data.batch import TokenBatch, collate
-from distill.data.tokenize import OnLong, TokenSequence, TooLong, encode_examples, encode_prompt
+from distill.data.tokenize import OnLong, TokenSequence, encode_examples, encode_prompt
 from distill.distributed import all_or_nothing, device, gathered, rank, total, world_size
 from distill.errors import DataError
 from distill.kernels import divergence
@@ -23,6 +23,7 @@ from distill.models import TargetLogits
 from distill.rollouts.generator import Generator
 from distill.rollouts.rollout import Rollout
 from distill.rollouts.sampling import SamplingParams
+from distill.samples import prompt_fits
 from distill.seeds import mix
 
 EVAL = 21  # purpose of the random choices made here
@@ -112,15 +113,8 @@ class Evaluator:
 
     def _prompts(self, examples: dict[int, Example]) -> dict[int, list[int]]:
         """Prompts that leave room for an answer; with data.on_long=skip the others count as wrong, else they are an error."""
-        limit, fitting = self.config.train.max_length, {}
-        for i, example in examples.items():
-            prompt = encode_prompt(self.tokenizer, example)
-            if len(prompt) < limit:
-                fitting[i] = prompt
-            elif self.config.data.on_long != "skip":
-                remedy = "raise train.max_length, or set data.on_long=skip to count it as wrong"
-                raise TooLong(example.id, "its prompt alone has", len(prompt), limit, remedy)
-        return fitting
+        prompts = {i: encode_prompt(self.tokenizer, example) for i, example in examples.items()}
+        return {i: prompt for i, prompt in prompts.items() if prompt_fits(examples[i], prompt, self.config)}
 
     def _judge(self, problem: int, example: Example, rollout: Rollout) -> Outcome:
         text = str(self.tokenizer.decode(rollout.response_ids, skip_special_tokens=True))

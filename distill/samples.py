@@ -105,7 +105,7 @@ class SampleSource:
     ) -> None:
         """Fill ``slots[i]`` for every wanted i with the writer's own continuation of prompt i."""
         prompts = {i: encode_prompt(self.tokenizer, examples[i]) for i in wanted}
-        fitting = [i for i in wanted if self._prompt_fits(examples[i], prompts[i])]
+        fitting = [i for i in wanted if prompt_fits(examples[i], prompts[i], self.config)]
         rollouts = self._generator(writer).generate(
             [prompts[i] for i in fitting],
             sampling_params(self.config.rollout),
@@ -123,14 +123,6 @@ class SampleSource:
             text = self.tokenizer.decode(rollout.response_ids, skip_special_tokens=True)
             made.correct += self.task.verify(example, str(text)).correct
 
-    def _prompt_fits(self, example: Example, prompt: list[int]) -> bool:
-        """Whether the prompt leaves room for a response; over-long prompts are an error unless data.on_long=skip."""
-        limit = self.config.train.max_length
-        if len(prompt) >= limit and self.config.data.on_long != "skip":
-            remedy = "raise train.max_length, or set data.on_long=skip"
-            raise TooLong(example.id, "its prompt alone has", len(prompt), limit, remedy)
-        return len(prompt) < limit
-
     def _generator(self, writer: PreTrainedModel) -> Generator:
         """One generator per model, kept for its cache."""
         if id(writer) not in self._generators:
@@ -138,6 +130,15 @@ class SampleSource:
                 writer, self.tokenizer, slots=self.config.rollout.slots, context_length=self.config.train.max_length
             )
         return self._generators[id(writer)]
+
+
+def prompt_fits(example: Example, prompt: Sequence[int], config: RunConfig) -> bool:
+    """Whether ``prompt`` leaves room for a response. Raises TooLong where it does not, unless data.on_long=skip."""
+    limit = config.train.max_length
+    if len(prompt) >= limit and config.data.on_long != "skip":
+        remedy = "raise train.max_length, or set data.on_long=skip"
+        raise TooLong(example.id, "its prompt alone has", len(prompt), limit, remedy)
+    return len(prompt) < limit
 
 
 def sampling_params(config: RolloutConfig) -> SamplingParams:
