@@ -9,7 +9,10 @@ from setuptools import setup
 
 PACKAGE_FOLDERS = {
     "ncclx_py": "ncclx_py",
+    "ncclx_py.bench": "ncclx_py/bench",
     "ncclx_py.commands": "ncclx_py/commands",
+    "ncclx_py.plans": "ncclx_py/plans",
+    "ncclx_py.plans.algorithms": "ncclx_py/plans/algorithms",
     "ncclx_py.runtime": "ncclx_py/runtime",
     "ncclx_py.launch": "launch",
     "distill": "distill",

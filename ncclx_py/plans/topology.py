@@ -1,0 +1,78 @@
+"""Where the ranks are and what connects them: hosts, ranks per host, rails, and α and bandwidth of each level."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from ncclx_py.plans.plan import INTER, INTRA
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """`alpha` seconds per message and `bandwidth` bytes per second and direction (inter-host: per rail)."""
+
+    alpha: float
+    bandwidth: float
+
+
+DEFAULT_INTRA = Link(alpha=5e-6, bandwidth=8e9)
+DEFAULT_INTER = Link(alpha=50e-6, bandwidth=1.25e9)
+
+
+@dataclass(frozen=True)
+class Topology:
+    """`host_of[r]` is the host of rank r; hosts are numbered 0 to N − 1 in the order of their first rank.
+
+    `rails` is the number of NICs of each host; local rank g uses rail g mod `rails`. `nics`, where it is not empty,
+    holds the bandwidth in bytes per second of every rail of every host (hosts × rails) and overrides `inter.bandwidth`.
+    Placement may be block, cyclic or arbitrary, and hosts may hold unequal numbers of ranks.
+    """
+
+    host_of: tuple[int, ...]
+    rails: int = 1
+    intra: Link = DEFAULT_INTRA
+    inter: Link = DEFAULT_INTER
+    nics: tuple[tuple[float, ...], ...] = ()
+
+    @property
+    def size(self) -> int:
+        return len(self.host_of)
+
+    @cached_property
+    def hosts(self) -> tuple[tuple[int, ...], ...]:
+        """The ranks of each host, ascending."""
+        found: dict[int, list[int]] = {}
+        for rank, host in enumerate(self.host_of):
+            found.setdefault(host, []).append(rank)
+        return tuple(tuple(found[host]) for host in sorted(found))
+
+    @cached_property
+    def local_rank(self) -> tuple[int, ...]:
+        """The position of each rank among those of its host."""
+        position = [0] * self.size
+        for ranks in self.hosts:
+            for index, rank in enumerate(ranks):
+                position[rank] = index
+        return tuple(position)
+
+    def rail(self, rank: int) -> int:
+        return self.local_rank[rank] % self.rails
+
+    def nic(self, host: int, rail: int) -> float:
+        """Bytes per second and direction of one NIC."""
+        return self.nics[host][rail] if self.nics else self.inter.bandwidth
+
+    def is_local(self, a: int, b: int) -> bool:
+        return self.host_of[a] == self.host_of[b]
+
+    def level(self, a: int, b: int) -> str:
+        return INTRA if self.is_local(a, b) else INTER
+
+    def subset(self, ranks: Sequence[int]) -> Topology:
+        """The topology of a sub-group: its rank i is this topology's rank ``ranks[i]``."""
+        hosts = [self.host_of[rank] for rank in ranks]
+        seen = list(dict.fromkeys(hosts))
+        nics = tuple(self.nics[host] for host in seen) if self.nics else ()
+        return Topology(tuple(seen.index(host) for host in hosts), self.rails, self.intra, self.inter, nics)
