@@ -51,6 +51,7 @@ setup(
     package_data={
         "distill.conf": ["*.yaml", "*/*.yaml"],
         "ncclx_py": ["py.typed"],
+        "ncclx_py.bench": ["mpi_peer.c"],
         "ncclx_py.launch": ["recipes/*.sh"],
         "distill": ["py.typed"],
     },

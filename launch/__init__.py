@@ -1,1 +1,1 @@
-"""Launching jobs: readable recipes in ``recipes/``, each a shell script around torchrun."""
+"""Launching jobs: emulated clusters (``emulate.py``), and readable recipes in ``recipes/``, shell scripts around torchrun."""

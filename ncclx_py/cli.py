@@ -11,9 +11,9 @@ import sys
 from collections.abc import Sequence
 
 import ncclx_py
-from ncclx_py.commands import info
+from ncclx_py.commands import bench, info, launch, plan, probe, tune
 
-COMMANDS = (info,)
+COMMANDS = (info, launch, bench, plan, probe, tune)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,13 +12,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from ncclx_py.plans.spec_file import place
+
 
 @dataclass(frozen=True)
 class Launch:
     """Who this process is. `launcher` is "torchrun", "slurm" or "none" (a process on its own: rank 0 of 1).
 
     `hosts` is the number of hosts, `ranks_per_host` one number per host where the launcher tells (else empty), and
-    `host_names` the hosts' names where it tells (SLURM only).
+    `host_names` the hosts' names where it tells (SLURM only). `placement` is "block", "cyclic", or "" where it is neither.
     """
 
     launcher: str
@@ -29,6 +31,13 @@ class Launch:
     ranks_per_host: list[int] = field(default_factory=list)
     host_names: list[str] = field(default_factory=list)
     master: str | None = None
+    placement: str = "block"
+
+    def host_of(self) -> tuple[int, ...]:
+        """The host of each rank; empty where the launcher does not tell (uneven hosts under torchrun, odd placements)."""
+        if self.size == 1 or self.launcher == "none":
+            return (0,) * self.size
+        return place(self.ranks_per_host, self.placement) if self.ranks_per_host and self.placement else ()
 
 
 def read_launch(env: Mapping[str, str]) -> Launch:
@@ -87,7 +96,14 @@ def _from_slurm(env: Mapping[str, str]) -> Launch:
         expand_counts(counts) if counts else [],
         names,
         names[0] if names else None,
+        _distribution(env.get("SLURM_DISTRIBUTION", "block")),
     )
+
+
+def _distribution(text: str) -> str:
+    """The first part of SLURM's --distribution says how ranks are dealt out to hosts."""
+    first = text.split(":")[0].split(",")[0].lower()
+    return first if first in ("block", "cyclic") else ""
 
 
 def _checked(launch: Launch, rank: str, size: str, local: str) -> Launch:

@@ -1,4 +1,4 @@
-"""``ncclx info``: what is installed, which library serves which device, and what the launcher said."""
+"""``ncclx info``: what is installed, which library serves which device, what the launcher said, and the topology."""
 
 from __future__ import annotations
 
@@ -7,13 +7,19 @@ import importlib.metadata
 import json
 import os
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from ncclx_py.device_facts import host_facts
 from ncclx_py.environment import Launch, read_launch
+from ncclx_py.plans.spec import VARIABLE, resolve
+from ncclx_py.plans.spec_file import read_spec
+from ncclx_py.runtime.identity import rail_names
+from ncclx_py.units import format_bandwidth, format_time
 
 NAME = "info"
-HELP = "show versions, devices, the library that serves each, and the ranks and hosts of this launch"
+HELP = "show versions, devices, the library that serves each, the ranks and hosts of this launch, and the topology"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,14 +27,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    facts = collect(read_launch(os.environ))
+    facts = collect(os.environ)
     print(json.dumps(facts, indent=2) if args.json else as_text(facts))
     return 0
 
 
-def collect(launch: Launch) -> dict[str, Any]:
-    """All facts, in the shape that ``--json`` prints."""
-    return {"versions": _versions(), "devices": _devices(), "serves": _serves(), "launch": asdict(launch)}
+def collect(env: Mapping[str, str]) -> dict[str, Any]:
+    """All facts, in the shape that ``--json`` prints. Raises ValueError for a launch or topology file that is wrong."""
+    launch = read_launch(env)
+    return {
+        "versions": _versions(),
+        "devices": _devices(),
+        "serves": _serves(),
+        "launch": {name: value for name, value in asdict(launch).items() if name != "placement"},
+        "topology": _topology(launch, env),
+    }
 
 
 def as_text(facts: dict[str, Any]) -> str:
@@ -50,7 +63,66 @@ def as_text(facts: dict[str, Any]) -> str:
     lines.append(f"  {'hosts':<12} {launch['hosts']}{names}{per_host}")
     if launch["master"]:
         lines.append(f"  {'master':<12} {launch['master']}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_topology_text(facts["topology"])])
+
+
+def _topology(launch: Launch, env: Mapping[str, str]) -> dict[str, Any]:
+    """What ``resolve`` makes of the file, this launch and this host's devices; levels in seconds and bytes per second.
+
+    A process group asks its ranks where they are, and takes the speeds of devices from the file only: see ``spec.py``.
+    """
+    facts = host_facts(env)
+    spec = read_spec(env[VARIABLE]) if env.get(VARIABLE) else None
+    world = () if launch.launcher == "none" and spec and spec.host_of else launch.host_of()
+    devices = {"intra_Bps": facts.intra_bandwidth, "nics_Bps": list(facts.nics)}
+    if not world and not (spec and spec.host_of):
+        return {"known": False, "devices": devices}
+    source = "one process" if launch.launcher == "none" else launch.launcher
+    found = resolve(world, len(rail_names(env)), spec, world=source)
+    topology = found.topology
+    levels = {"intra": topology.intra, "inter": topology.inter}
+    return {
+        "known": True,
+        "hosts": len(topology.hosts),
+        "ranks_per_host": [len(ranks) for ranks in topology.hosts],
+        "host_of": list(topology.host_of),
+        "rails": topology.rails,
+        "levels": {name: {"alpha_s": link.alpha, "bandwidth_Bps": link.bandwidth} for name, link in levels.items()},
+        "nics_Bps": [list(row) for row in topology.nics],
+        "memory_Bps": topology.memory or None,
+        "gamma_s_per_B": topology.gamma or None,
+        "sources": dict(found.sources),
+        "devices": devices,
+    }
+
+
+def _topology_text(topology: dict[str, Any]) -> list[str]:
+    lines = ["topology"]
+    if not topology["known"]:
+        lines.append("  unknown      the launcher does not say which rank is where: give NCCLX_TOPOLOGY")
+    else:
+        sources = topology["sources"]
+        counts = topology["ranks_per_host"]
+        each = str(counts[0]) if len(set(counts)) == 1 else "+".join(map(str, counts))
+        lines.append(f"  {'hosts':<12} {topology['hosts']} of {each} ranks ({sources['hosts']})")
+        lines.append(f"  {'rails':<12} {topology['rails']} ({sources['rails']})")
+        for name, per in (("intra", "rank"), ("inter", "NIC")):
+            level = topology["levels"][name]
+            alpha = f"α {format_time(level['alpha_s'])} ({sources[name + '.alpha']})"
+            speed = f"{format_bandwidth(level['bandwidth_Bps'])} per {per} ({sources[name + '.bandwidth']})"
+            lines.append(f"  {name:<12} {alpha}, {speed}")
+        for host, row in enumerate(topology["nics_Bps"]):
+            lines.append(f"  {'NICs':<12} host {host}: {', '.join(map(format_bandwidth, row))} ({sources['nics']})")
+        if topology["memory_Bps"]:
+            lines.append(f"  {'memory':<12} {format_bandwidth(topology['memory_Bps'])} per host (file)")
+    devices = topology["devices"]
+    nics = ", ".join(format_bandwidth(speed) if speed else "unknown" for speed in devices["nics_Bps"]) or "none"
+    lines.append(f"  {'devices say':<12} NICs {nics}; GPU link {_speed(devices['intra_Bps'])}")
+    return lines
+
+
+def _speed(value: float | None) -> str:
+    return format_bandwidth(value) if value else "none"
 
 
 def _versions() -> dict[str, str | None]:
@@ -106,7 +178,7 @@ def _serves() -> dict[str, dict[str, str | None]]:
         cuda = {"by": None, "why_not": "none: no CUDA device is visible"}
     else:
         cuda = {"by": "nccl", "why_not": None}
-    return {"cpu": {"by": "gloo", "why_not": None}, "cuda": cuda}
+    return {"cpu": {"by": "plans, over shared memory and TCP; gloo for point-to-point", "why_not": None}, "cuda": cuda}
 
 
 def _memory(device: dict[str, Any]) -> str:

@@ -20,7 +20,8 @@ channel, and both have the same length. A send of length zero is a signal.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -128,7 +129,7 @@ class Program:
     def __init__(self, rank: int) -> None:
         self.rank = rank
         self._steps: list[Step] = []
-        self._uses: dict[str, list[_Use]] = {}
+        self._memory: dict[str, _Accesses] = {}
 
     def send(self, src: Span, to: int, *, lane: int = 0, chunk: int = 0, level: str = INTRA) -> int:
         return self._add(Step("send", lane, to, src, None, self._hazards(src, None), chunk, level))
@@ -173,37 +174,86 @@ class Program:
     def _add(self, step: Step) -> int:
         index = len(self._steps)
         self._steps.append(step)
-        if step.src is not None and step.src.length:
-            self._uses.setdefault(step.src.buffer, []).append(_Use(step.src.start, step.src.stop, index, False))
-        if step.dst is not None and step.dst.length:
-            self._overwrite(step.dst, index)
+        if step.src is not None:
+            self._accesses(step.src).read(step.src, index)
+        if step.dst is not None:
+            self._accesses(step.dst).write(step.dst, index)
         return index
 
     def _hazards(self, src: Span | None, dst: Span | None) -> tuple[int, ...]:
         found: set[int] = set()
         if src is not None:
-            found.update(use.step for use in self._touching(src) if use.writes)
+            self._accesses(src).add_writers(src, found)
         if dst is not None:
-            found.update(use.step for use in self._touching(dst))
+            self._accesses(dst).add_users(dst, found)
         return tuple(sorted(found))
 
-    def _touching(self, span: Span) -> Iterable[_Use]:
-        return (use for use in self._uses.get(span.buffer, ()) if use.start < span.stop and span.start < use.stop)
-
-    def _overwrite(self, span: Span, index: int) -> None:
-        """Notes a write; earlier uses of what it overwrites are ordered before it, so later steps need only this one."""
-        kept: list[_Use] = []
-        for use in self._uses.get(span.buffer, ()):
-            if use.start < span.start:
-                kept.append(use._replace(stop=min(use.stop, span.start)))
-            if use.stop > span.stop:
-                kept.append(use._replace(start=max(use.start, span.stop)))
-        kept.append(_Use(span.start, span.stop, index, True))
-        self._uses[span.buffer] = kept
+    def _accesses(self, span: Span) -> _Accesses:
+        return self._memory.setdefault(span.buffer, _Accesses())
 
 
-class _Use(NamedTuple):
-    start: int
+class _Accesses:
+    """Which step last wrote each piece of a buffer, and which have read it since.
+
+    Earlier accesses are ordered before the last write, so later steps need only that. Pieces are kept in order, and cut
+    where a span starts or stops; steps mostly use spans that were used before, for which there is nothing to do.
+    """
+
+    def __init__(self) -> None:
+        self._starts: list[int] = []
+        self._pieces: list[_Piece] = []
+
+    def add_writers(self, span: Span, found: set[int]) -> None:
+        for piece in self._cover(span):
+            found.update(piece.writer)
+
+    def add_users(self, span: Span, found: set[int]) -> None:
+        for piece in self._cover(span):
+            found.update(piece.writer, piece.readers)
+
+    def read(self, span: Span, step: int) -> None:
+        for piece in self._cover(span):
+            piece.readers.append(step)
+
+    def write(self, span: Span, step: int) -> None:
+        for piece in self._cover(span):
+            piece.writer, piece.readers = (step,), []
+
+    def _cover(self, span: Span) -> list[_Piece]:
+        """The pieces that make up `span`, made where they are missing."""
+        start, stop = span.start, span.stop
+        if start >= stop:
+            return []
+        first = bisect_right(self._starts, start) - 1
+        if first >= 0 and self._starts[first] == start and self._pieces[first].stop == stop:
+            return [self._pieces[first]]
+        if first >= 0 and self._starts[first] < start < self._pieces[first].stop:
+            self._cut(first, start)
+        if first < 0 or self._starts[first] < start:
+            first += 1
+        place, reached = first, start
+        while reached < stop:
+            if place == len(self._starts) or self._starts[place] > reached:
+                until = stop if place == len(self._starts) else min(stop, self._starts[place])
+                self._starts.insert(place, reached)
+                self._pieces.insert(place, _Piece(until, (), []))
+            elif self._pieces[place].stop > stop:
+                self._cut(place, stop)
+            reached = self._pieces[place].stop
+            place += 1
+        return self._pieces[first:place]
+
+    def _cut(self, place: int, at: int) -> None:
+        piece = self._pieces[place]
+        self._starts.insert(place + 1, at)
+        self._pieces.insert(place + 1, _Piece(piece.stop, piece.writer, list(piece.readers)))
+        piece.stop = at
+
+
+@dataclass(slots=True)
+class _Piece:
+    """Elements up to `stop`; `writer` holds the last step that wrote them, if any has."""
+
     stop: int
-    step: int
-    writes: bool
+    writer: tuple[int, ...]
+    readers: list[int]

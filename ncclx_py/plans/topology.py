@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ncclx_py.plans.plan import INTER, INTRA
@@ -17,6 +17,10 @@ class Link:
     bandwidth: float
 
 
+# The part of α for which a message keeps its sender, and its receiver, busy; the rest is travel (LogP's o and L). Messages
+# of one rank therefore start a quarter of α apart, and m of them that travel at once take α + (m − 1)·OVERHEAD·α.
+OVERHEAD = 0.25
+
 DEFAULT_INTRA = Link(alpha=5e-6, bandwidth=8e9)
 DEFAULT_INTER = Link(alpha=50e-6, bandwidth=1.25e9)
 
@@ -27,7 +31,9 @@ class Topology:
 
     `rails` is the number of NICs of each host; local rank g uses rail g mod `rails`. `nics`, where it is not empty,
     holds the bandwidth in bytes per second of every rail of every host (hosts × rails) and overrides `inter.bandwidth`.
-    Placement may be block, cyclic or arbitrary, and hosts may hold unequal numbers of ranks.
+    Placement may be block, cyclic or arbitrary, and hosts may hold unequal numbers of ranks. `memory`, where it is not
+    zero, is what all ranks of one host together can move inside it, in bytes per second. `gamma` is what reducing a byte
+    costs in seconds, beyond moving it.
     """
 
     host_of: tuple[int, ...]
@@ -35,6 +41,8 @@ class Topology:
     intra: Link = DEFAULT_INTRA
     inter: Link = DEFAULT_INTER
     nics: tuple[tuple[float, ...], ...] = ()
+    memory: float = 0.0
+    gamma: float = 0.0
 
     @property
     def size(self) -> int:
@@ -64,6 +72,14 @@ class Topology:
         """Bytes per second and direction of one NIC."""
         return self.nics[host][rail] if self.nics else self.inter.bandwidth
 
+    def egress(self, host: int) -> float:
+        """Bytes per second that leave a host: the NICs of the rails that its ranks use."""
+        return sum(self.nic(host, rail) for rail in range(min(self.rails, len(self.hosts[host]))))
+
+    def ingress(self, host: int) -> float:
+        """Bytes per second that reach a host: a message arrives on its sender's rail."""
+        return sum(self.nic(host, rail) for rail in range(min(self.rails, max(map(len, self.hosts)))))
+
     def is_local(self, a: int, b: int) -> bool:
         return self.host_of[a] == self.host_of[b]
 
@@ -75,4 +91,4 @@ class Topology:
         hosts = [self.host_of[rank] for rank in ranks]
         seen = list(dict.fromkeys(hosts))
         nics = tuple(self.nics[host] for host in seen) if self.nics else ()
-        return Topology(tuple(seen.index(host) for host in hosts), self.rails, self.intra, self.inter, nics)
+        return replace(self, host_of=tuple(seen.index(host) for host in hosts), nics=nics)

@@ -1,7 +1,8 @@
 """Argument checks of collectives, on this rank alone.
 
 gloo and NCCL trust the caller: a wrong size hangs the group or writes past a buffer. What one rank can see by itself is
-checked here before anything is sent; nothing is exchanged, so a mismatch *between* ranks is found by the deadline only.
+checked here before anything is sent. A mismatch *between* ranks shows when their messages meet: plans compare signatures
+(``signature.py``); what NCCL or gloo carries finds it by the deadline only.
 All functions raise ValueError or TypeError with the call, the value and the remedy.
 """
 

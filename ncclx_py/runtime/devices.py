@@ -9,32 +9,33 @@ of CPU tensors that comes before any collective waits until all ranks of the gro
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from ncclx_py.runtime.basis import Membership
 from ncclx_py.runtime.gloo import GlooBackend
 from ncclx_py.runtime.local import LocalBackend
-from ncclx_py.runtime.nccl import NcclBackend, nccl_connector
+from ncclx_py.runtime.native_plans import NativePlans, two_levels
+from ncclx_py.runtime.nccl import NcclBackend, nccl_connector, part_connector
 
 
 class Devices:
-    """Local backends by device type, for a group of `size` ranks of which this is `rank`.
+    """Local backends by device type, for this rank's part in a group.
 
-    `ranks` are the global ranks of the group, `options` the caller's ``pg_options`` (NCCL's, or None).
+    `options` are the caller's ``pg_options`` (NCCL's, or None).
     """
 
-    def __init__(
-        self, store: Any, rank: int, size: int, timeout: timedelta, group: str, ranks: list[int], options: Any
-    ) -> None:
+    def __init__(self, store: Any, member: Membership, timeout: timedelta, options: Any) -> None:
         self._store = store
-        self._rank, self._size = rank, size
+        self._member = member
         self._timeout = timeout
-        self._group, self._ranks, self._options = group, ranks, options
+        self._options = options
         self._made: dict[str, LocalBackend] = {}
         self._lock = threading.Lock()
         if "cuda" not in device_types():
@@ -53,14 +54,14 @@ class Devices:
     def has(self, device_type: str) -> bool:
         return device_type in self._made
 
-    def natives(self) -> list[Any]:
-        """The c10d backends made so far."""
-        return [native for local in self._made.values() for native in local.natives()]
+    def made(self) -> list[LocalBackend]:
+        """The local backends made so far."""
+        return list(self._made.values())
 
     def set_timeout(self, timeout: timedelta) -> None:
         self._timeout = timeout
-        for native in self.natives():
-            native._set_default_timeout(timeout)
+        for local in self._made.values():
+            local.set_timeout(timeout)
 
     def close(self, end: Callable[[LocalBackend], None]) -> None:
         """Ends every library with `end` and lets go of it."""
@@ -71,17 +72,25 @@ class Devices:
 
     def _make(self, device_type: str) -> LocalBackend:
         if device_type == "cpu":
-            store = dist.PrefixStore("cpu/", self._store)
-            return GlooBackend(store, self._rank, self._size, self._timeout, self._group, self._ranks)
+            return GlooBackend(dist.PrefixStore("cpu/", self._store), self._member, self._timeout)
         if device_type == "cuda":
-            connect = nccl_connector(
-                self._store, self._rank, self._size, self._timeout, self._group, self._ranks, self._options
-            )
-            return NcclBackend(connect, self._rank, self._size)
+            what = self._store, self._member, self._timeout, self._options
+            return NcclBackend(nccl_connector(*what), self._member.rank, self._member.size, self._levels)
         raise RuntimeError(
             f"No backend type associated with device type {device_type}: ncclx serves cpu and cuda tensors. "
             f"Move the tensor, or use a group of another backend for {device_type}."
         )
+
+    def _levels(self, flat: Any) -> NativePlans | None:
+        """The plans of CUDA tensors; the numbers of elements of an all_to_all are exchanged on the CPU."""
+        store = dist.PrefixStore("levels/", self._store)
+        parts = part_connector(store, self._member, self._timeout, self._options)
+        return two_levels(store, self._member, self._timeout, os.environ, flat, parts, self._counts)
+
+    def _counts(self, sent: Sequence[int], received: Sequence[int], options: Any) -> tuple[tuple[int, ...], ...]:
+        local = self.backend("cpu")
+        assert isinstance(local, GlooBackend)
+        return local.counts(sent, received, options)
 
 
 def device_types() -> list[str]:

@@ -15,15 +15,20 @@ from torch.distributed import DistBackendError
 
 UNSET_TIMEOUT = timedelta(milliseconds=-1)  # c10d's kUnsetTimeout: "use the group's"
 
-_TIMED_OUT = re.compile(r"timed? ?out", re.IGNORECASE)
+_TIMED_OUT = re.compile(r"timed? ?out|no end after", re.IGNORECASE)
 _PEER_GONE = re.compile(
-    r"closed by peer|reset by peer|broken pipe|connection refused|aborted|socket closed|not connected",
+    r"closed by peer|reset by peer|broken pipe|connection refused|aborted|socket closed|not connected|is gone",
     re.IGNORECASE,
 )
 
 
 class CollectiveError(DistBackendError):
-    """A collective did not complete. The state of its output tensors is undefined."""
+    """A collective did not complete. The state of its output tensors is undefined.
+
+    `names_call`: whether the message says which call it was. Those from below a call give the reason and the remedy.
+    """
+
+    names_call = False
 
 
 class CollectiveTimeout(CollectiveError, TimeoutError):
@@ -63,25 +68,34 @@ class Call:
 
 def failure(call: Call, cause: BaseException) -> CollectiveError:
     """The error to raise for `call`, which `cause` ended; the first one on a group is remembered for the next."""
+    kind: type[CollectiveError]
     if isinstance(cause, CollectiveError):
-        return cause
-    reason = _reason(cause)
-    kind, remedy = _diagnose(reason)
-    message = f"{call} failed: {reason}. {remedy}"
+        if cause.names_call:
+            return cause
+        kind, story = type(cause), str(cause)
+    else:
+        reason = _reason(cause)
+        kind, remedy = _diagnose(reason)
+        story = f"{reason}. {remedy}"
+    message = f"{call} failed: {story}"
     first = call.history
     if not first.message:
-        first.sequence, first.message = call.sequence, f"{call}: {reason}."
+        first.sequence, first.message = call.sequence, message.replace(" failed: ", ": ", 1)
     elif first.sequence != call.sequence:
         message += f" The first failure of this group was {first.message}"
-    return kind(message)
+    error = kind(message)
+    error.names_call = True
+    return error
 
 
 def overdue(call: Call, timeout: timedelta) -> CollectiveTimeout:
     """The error of a wait that gave up although the collective goes on."""
-    return CollectiveTimeout(
+    error = CollectiveTimeout(
         f"{call} is not done after the {timeout.total_seconds():g} s that this wait allowed; it goes on. Wait again, or "
         "abort the group."
     )
+    error.names_call = True
+    return error
 
 
 def _reason(cause: BaseException) -> str:

@@ -1,8 +1,7 @@
-"""CPU tensors: collectives over gloo.
+"""CPU tensors: collectives as plans, over shared memory and TCP; messages, sparse tensors and monitored barriers by gloo.
 
-gloo runs each call on a thread of its own pool and completes a future; nothing here holds the GIL while it waits. It
-lacks several dtypes and operations (``reduction.gloo_recipe``), uneven list collectives, a real reduce-scatter, and
-coalescing, which are composed here.
+Nothing here holds the GIL while it waits. The dtypes and operations that plans reduce are gloo's
+(``reduction.gloo_recipe`` expresses the others in them), so that sparse tensors reduce alike.
 """
 
 from __future__ import annotations
@@ -11,17 +10,19 @@ import contextlib
 import logging
 from collections.abc import Sequence
 from datetime import timedelta
-from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import AllToAllOptions, BroadcastOptions
 
+from ncclx_py.runtime.basis import Membership
+from ncclx_py.runtime.choices import Decision
 from ncclx_py.runtime.errors import Call
-from ncclx_py.runtime.local import Launch, LocalBackend, build_options, guarded
+from ncclx_py.runtime.local import Launch, LocalBackend, guarded
 from ncclx_py.runtime.pending import Pending
+from ncclx_py.runtime.planned import Alone, connect
+from ncclx_py.runtime.progress import Job
 from ncclx_py.runtime.reduction import Recipe, gloo_recipe
 from ncclx_py.runtime.staging import Staging
 from ncclx_py.runtime.work import CollectiveWork, PeerWork
@@ -48,59 +49,31 @@ class GlooBackend(LocalBackend):
         }
     )
 
-    def __init__(self, store: Any, rank: int, size: int, timeout: timedelta, group: str, ranks: list[int]) -> None:
-        native: Any = dist.ProcessGroupGloo(store, rank, size, timeout)
-        native.options.global_ranks_in_group = ranks
-        native.options.group_name = group
+    def __init__(self, store: Any, member: Membership, timeout: timedelta) -> None:
+        native: Any = dist.ProcessGroupGloo(store, member.rank, member.size, timeout)
+        native.options.global_ranks_in_group = list(member.ranks)
+        native.options.group_name = member.group
         native._set_sequence_number_for_group()
-        super().__init__(native, rank, size)
+        super().__init__(native, member.rank, member.size)
+        self._plans = connect(store, member, self._timeout) if member.size > 1 else None
+        self._collectives = self._plans or Alone()
         self._batch: list[CollectiveWork] | None = None
         self._pending = Pending()
-        self._timeout = timeout
+
+    @property
+    def collectives(self) -> Any:
+        return self._collectives
+
+    def counts(self, sent: Sequence[int], received: Sequence[int], options: Any) -> tuple[tuple[int, ...], ...]:
+        """How much goes from each rank to each in an all_to_all, from what each rank sends and expects; blocks."""
+        assert self._plans is not None
+        return self._plans.counts(sent, received, options)
 
     def recipe(self, op: Any, dtype: torch.dtype) -> Recipe:
         return gloo_recipe(op, dtype, self.size)
 
-    def all_gather(self, call: Call, outputs: list[Tensor], source: Tensor) -> CollectiveWork | None:
-        """gloo gathers equal sizes only: uneven ones are one broadcast per rank."""
-        if len({tensor.numel() for tensor in outputs}) == 1:
-            return super().all_gather(call, outputs, source)
-        stage = Staging(self.wire)
-        buffers = [stage.target(tensor) for tensor in outputs]
-        buffers[self.rank].copy_(stage.source(source))
-        launches = [
-            partial(self.native.broadcast, [buffer], build_options(BroadcastOptions, call, stage, root=root))
-            for root, buffer in enumerate(buffers)
-        ]
-        return self.launch(call, launches, [outputs], stage)
-
-    def reduce_scatter(self, call: Call, output: Tensor, inputs: list[Tensor], op: Any) -> CollectiveWork:
-        stage = Staging(self.wire)
-        recipe = self.recipe(op, output.dtype)
-        flat = torch.cat([stage.source(tensor, recipe) for tensor in inputs])
-        parts = [tensor.numel() for tensor in inputs]
-        return self.launch(call, [self._scattered(call, stage, recipe, output, flat, parts)], [output], stage)
-
-    def reduce_scatter_single(self, call: Call, outputs: list[Tensor], inputs: list[Tensor], op: Any) -> CollectiveWork:
-        stage = Staging(self.wire)
-        launches = []
-        for output, source in zip(outputs, inputs):
-            recipe = self.recipe(op, output.dtype)
-            flat = stage.source(source, recipe)
-            launches.append(self._scattered(call, stage, recipe, output, flat, [output.numel()] * self.size))
-        return self.launch(call, launches, outputs, stage)
-
-    def _scattered(
-        self, call: Call, stage: Staging, recipe: Recipe, output: Tensor, flat: Tensor, parts: list[int]
-    ) -> Launch:
-        """gloo's own reduce-scatter reduces everything everywhere, and copies its part out only when somebody waits.
-        Here each rank sends each other rank its part, once, and reduces what it receives."""
-        landing = stage.contributions(output, recipe, self.size)
-        width = flat.numel() // max(1, sum(parts))  # complex numbers travel as two
-        sent = [part * width for part in parts]
-        received = [sent[self.rank]] * self.size
-        options = build_options(AllToAllOptions, call, stage)
-        return partial(self.native.alltoall_base, landing, flat, received, sent, options)
+    def contribution(self, stage: Staging, tensor: Tensor, recipe: Recipe) -> Tensor:
+        return stage.source(tensor, recipe)
 
     def start_batch(self) -> None:
         self._batch = []
@@ -111,20 +84,35 @@ class GlooBackend(LocalBackend):
 
     def launch(self, call: Call, launches: Sequence[Launch], outputs: list[Any], stage: Staging) -> CollectiveWork:
         works = [guarded(call, launch) for launch in launches]
+        for work in works:
+            if isinstance(work, Job):
+                work.belongs_to(call)
         return self._batched(CollectiveWork(call, works, outputs, stage.finish, self._pending))
 
     def exchange(self, call: Call, launch: Launch, tensor: Tensor, stage: Staging) -> CollectiveWork:
         native = guarded(call, launch)
         return self._batched(PeerWork(call, native, tensor, stage.finish, self._pending, sends=call.op == "send"))
 
+    def decisions(self) -> list[Decision]:
+        return self._plans.decisions() if self._plans is not None else []
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor that the other ranks of this host read in place."""
+        return self._plans.fabric.arena.allocate(shape, dtype) if self._plans else torch.empty(*shape, dtype=dtype)
+
     def shutdown(self) -> None:
         """Waits for what still runs, as long as the group's timeout allows."""
-        if not self._pending.drain(self._timeout.total_seconds()):
+        if not self._pending.drain(self._timeout().total_seconds()):
             self.abort()
+        if self._plans is not None:
+            self._plans.close("the group has been destroyed")
         super().shutdown()
 
     def abort(self) -> None:
-        """Closes every connection, here and so on the peers: gloo does that when a receive times out."""
+        """Ends the plans that run, and closes every connection of gloo, here and so on the peers: gloo does that when a
+        receive times out."""
+        if self._plans is not None:
+            self._plans.abort("the group has been aborted")
         if self.size > 1:
             peer = (self.rank + 1) % self.size
             with contextlib.suppress(RuntimeError):
@@ -136,6 +124,13 @@ class GlooBackend(LocalBackend):
             log.warning("Leaving with collectives that other ranks never joined; aborting them.")
             self.abort()
             self._pending.drain(1.0)
+        elif self._plans is not None:
+            self._plans.close("the process is ending")
+
+    def _timeout(self) -> timedelta:
+        """gloo keeps the group's default: torch sets it there (``_set_pg_timeout``), past this group."""
+        timeout: timedelta = self.native.options._timeout
+        return timeout
 
     def _batched(self, work: CollectiveWork) -> CollectiveWork:
         if self._batch is not None:

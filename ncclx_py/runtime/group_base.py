@@ -17,8 +17,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import profiler
 
+from ncclx_py.runtime.basis import Membership
+from ncclx_py.runtime.choices import Decision
 from ncclx_py.runtime.devices import Devices, device_types
 from ncclx_py.runtime.errors import UNSET_TIMEOUT, Call, CollectiveError, FirstFailure
+from ncclx_py.runtime.gloo import GlooBackend
 from ncclx_py.runtime.local import LocalBackend, guarded
 from ncclx_py.runtime.work import CollectiveWork
 
@@ -31,20 +34,18 @@ _ProcessGroup: Any = dist.ProcessGroup  # torch's stubs know one signature per m
 
 
 class GroupBase(_ProcessGroup):
-    """A group of `size` ranks of which this is `rank`, with `ranks` its global ranks and `store` its rendezvous."""
+    """This rank's part in a group, with `store` its rendezvous and `options` the caller's ``pg_options``."""
 
-    def __init__(
-        self, store: Any, rank: int, size: int, timeout: timedelta, name: str, ranks: list[int], options: Any
-    ) -> None:
-        super().__init__(rank, size)
+    def __init__(self, store: Any, member: Membership, timeout: timedelta, options: Any) -> None:
+        super().__init__(member.rank, member.size)
         self._store = store
-        self._group_name = name
+        self._group_name = member.group
         self._group_desc = "undefined"
         self._sequence = 0
         self._ended = ""
         self._history = FirstFailure()
-        call = Call("connecting", name, rank, size, 0, history=self._history)
-        self._devices = guarded(call, lambda: Devices(store, rank, size, timeout, name, ranks, options))
+        call = Call("connecting", member.group, member.rank, member.size, 0, history=self._history)
+        self._devices = guarded(call, lambda: Devices(store, member, timeout, options))
         _open_groups.add(self)
 
     # One call
@@ -148,6 +149,18 @@ class GroupBase(_ProcessGroup):
 
     def _has_hooks(self) -> bool:
         return False
+
+    # Plans
+
+    def decisions(self) -> list[Decision]:
+        """Which algorithms carried this group's collectives on this rank, and why; see ``ncclx_py.explain``."""
+        return [decision for local in self._devices.made() for decision in local.decisions()]
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """See ``ncclx_py.empty``."""
+        local = self._local(self.ask("empty"), torch.device("cpu"))
+        assert isinstance(local, GlooBackend)
+        return local.empty(shape, dtype)
 
     # Life
 

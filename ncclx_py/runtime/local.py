@@ -1,13 +1,15 @@
-"""One collective on one device type, carried by a c10d library: the place where `ncclx` delegates.
+"""One collective on one device type: staged, started, wrapped.
 
-`LocalBackend` holds everything that gloo and NCCL share: stage the tensors, build the options, start the library's
-operation, wrap its work. The subclasses in ``gloo.py`` and ``nccl.py`` state what differs. Arguments have been checked
-by the caller (``process_group.py``); ranks are group ranks.
+`LocalBackend` holds everything that CPU and CUDA tensors share: stage the tensors, build the options, start the
+operation, wrap its work. The subclasses in ``gloo.py`` and ``nccl.py`` state what differs, and what carries the
+collectives: plans (``planned.py``, ``native_plans.py``) or a c10d library itself. Arguments have been checked by the
+caller (``process_group.py``); ranks are group ranks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from functools import partial
 from typing import Any, ClassVar, TypeVar
 
@@ -25,6 +27,7 @@ from torch.distributed.distributed_c10d import (
     ScatterOptions,
 )
 
+from ncclx_py.runtime.choices import Decision
 from ncclx_py.runtime.errors import Call, failure
 from ncclx_py.runtime.reduction import Recipe
 from ncclx_py.runtime.staging import Staging
@@ -35,10 +38,14 @@ Options = TypeVar("Options")
 
 
 class LocalBackend:
-    """Collectives over `native`, a ``c10d::Backend`` of `size` ranks of which this is `rank`."""
+    """Collectives of `size` ranks of which this is `rank`.
+
+    `native` is a ``c10d::Backend``, which carries point-to-point messages.
+    """
 
     name: ClassVar[str]
     wire: ClassVar[frozenset[torch.dtype]]
+    synchronous_calls_have_futures: ClassVar[bool] = True
 
     def __init__(self, native: Any, rank: int, size: int) -> None:
         self.native = native
@@ -49,11 +56,20 @@ class LocalBackend:
         """All c10d backends in use."""
         return [self.native]
 
+    @property
+    def collectives(self) -> Any:
+        """What carries collectives, with the methods of a ``c10d::Backend``."""
+        return self.native
+
     # What a subclass decides
 
     def recipe(self, op: Any, dtype: torch.dtype) -> Recipe:
         """How this library reduces `dtype` with `op`; raises TypeError where it cannot."""
         raise NotImplementedError
+
+    def contribution(self, stage: Staging, tensor: Tensor, recipe: Recipe) -> Tensor:
+        """What a rank that is not the root gives to `reduce`. A library may overwrite it."""
+        return stage.scratch(tensor, recipe)
 
     def start_batch(self) -> None:
         """From now to `end_batch`, calls belong to one batch (c10d's coalescing)."""
@@ -83,6 +99,15 @@ class LocalBackend:
         for native in self.natives():
             native.abort()
 
+    def set_timeout(self, timeout: timedelta) -> None:
+        """The default of calls from now on."""
+        for native in self.natives():
+            native._set_default_timeout(timeout)
+
+    def decisions(self) -> list[Decision]:
+        """Which plans carried what; empty where none are used."""
+        return []
+
     def leave(self, seconds: float) -> None:
         """The process ends: what runs gets `seconds` to complete, then fails, so that no thread outlives Python."""
 
@@ -91,7 +116,7 @@ class LocalBackend:
     def all_reduce(self, call: Call, tensor: Tensor, op: Any) -> CollectiveWork | None:
         stage = Staging(self.wire)
         if tensor.is_sparse:
-            options = build_options(AllreduceOptions, call, stage, op)
+            options = self.options(AllreduceOptions, call, stage, op)
             return self.launch(call, [partial(self.native.allreduce, [tensor], options)], [tensor], stage)
         return self.launch(call, [self._all_reduce(call, stage, [tensor], op)], [tensor], stage)
 
@@ -108,9 +133,9 @@ class LocalBackend:
         """Ranks other than the root keep their tensor as it was."""
         stage = Staging(self.wire)
         recipe = self.recipe(op, tensor.dtype)
-        buffer = stage.both(tensor, recipe) if self.rank == root else stage.scratch(tensor, recipe)
-        options = build_options(ReduceOptions, call, stage, recipe.op, root)
-        return self.launch(call, [partial(self.native.reduce, [buffer], options)], [tensor], stage)
+        buffer = stage.both(tensor, recipe) if self.rank == root else self.contribution(stage, tensor, recipe)
+        options = self.options(ReduceOptions, call, stage, recipe.op, root)
+        return self.launch(call, [partial(self.collectives.reduce, [buffer], options)], [tensor], stage)
 
     def reduce_scatter(self, call: Call, output: Tensor, inputs: list[Tensor], op: Any) -> CollectiveWork | None:
         """`inputs` holds one tensor per rank, all of the size of `output`."""
@@ -118,8 +143,8 @@ class LocalBackend:
         recipe = self.recipe(op, output.dtype)
         sources = [stage.source(tensor, recipe) for tensor in inputs]
         target = stage.target(output, recipe)
-        options = build_options(ReduceScatterOptions, call, stage, recipe.op)
-        launch = partial(self.native.reduce_scatter, [target], [sources], options)
+        options = self.options(ReduceScatterOptions, call, stage, recipe.op)
+        launch = partial(self.collectives.reduce_scatter, [target], [sources], options)
         return self.launch(call, [launch], [output], stage)
 
     def reduce_scatter_single(
@@ -130,8 +155,8 @@ class LocalBackend:
         for output, source in zip(outputs, inputs):
             recipe = self.recipe(op, output.dtype)
             flat, target = stage.source(source, recipe), stage.target(output, recipe)
-            options = build_options(ReduceScatterOptions, call, stage, recipe.op)
-            launches.append(partial(self.native._reduce_scatter_base, target, flat, options))
+            options = self.options(ReduceScatterOptions, call, stage, recipe.op)
+            launches.append(partial(self.collectives._reduce_scatter_base, target, flat, options))
         return self.launch(call, launches, outputs, stage)
 
     # Data movement
@@ -139,15 +164,15 @@ class LocalBackend:
     def broadcast(self, call: Call, tensor: Tensor, root: int) -> CollectiveWork | None:
         stage = Staging(self.wire)
         buffer = stage.source(tensor) if self.rank == root else stage.target(tensor)
-        options = build_options(BroadcastOptions, call, stage, root=root)
-        return self.launch(call, [partial(self.native.broadcast, [buffer], options)], [tensor], stage)
+        options = self.options(BroadcastOptions, call, stage, root=root)
+        return self.launch(call, [partial(self.collectives.broadcast, [buffer], options)], [tensor], stage)
 
     def all_gather(self, call: Call, outputs: list[Tensor], source: Tensor) -> CollectiveWork | None:
         """`outputs` holds one tensor per rank, all of the size of `source`."""
         stage = Staging(self.wire)
         flat, targets = stage.source(source), [stage.target(tensor) for tensor in outputs]
-        options = build_options(AllgatherOptions, call, stage)
-        launch = partial(self.native.allgather, [targets], [flat], options)
+        options = self.options(AllgatherOptions, call, stage)
+        launch = partial(self.collectives.allgather, [targets], [flat], options)
         return self.launch(call, [launch], [outputs], stage)
 
     def all_gather_single(self, call: Call, outputs: list[Tensor], inputs: list[Tensor]) -> CollectiveWork | None:
@@ -155,19 +180,20 @@ class LocalBackend:
         launches = []
         for output, source in zip(outputs, inputs):
             flat, target = stage.source(source), stage.target(output)
-            options = build_options(AllgatherOptions, call, stage)
-            launches.append(partial(self.native._allgather_base, target, flat, options))
+            options = self.options(AllgatherOptions, call, stage)
+            launches.append(partial(self.collectives._allgather_base, target, flat, options))
         return self.launch(call, launches, outputs, stage)
 
     def all_to_all_single(
         self, call: Call, output: Tensor, source: Tensor, output_rows: list[int], input_rows: list[int]
     ) -> CollectiveWork | None:
-        """`output_rows`, `input_rows`: how many rows (first dimension) come from and go to each rank."""
+        """`output_rows`, `input_rows`: how many rows (first dimension) come from and go to each rank; empty for equal
+        numbers on all ranks."""
         stage = Staging(self.wire)
         flat, target = stage.source(source), stage.target(output)
         sent, received = _per_row(flat, source, input_rows), _per_row(target, output, output_rows)
-        options = build_options(AllToAllOptions, call, stage)
-        launch = partial(self.native.alltoall_base, target, flat, received, sent, options)
+        options = self.options(AllToAllOptions, call, stage)
+        launch = partial(self.collectives.alltoall_base, target, flat, received, sent, options)
         return self.launch(call, [launch], [output], stage)
 
     def all_to_all(self, call: Call, outputs: list[Tensor], inputs: list[Tensor]) -> CollectiveWork | None:
@@ -177,33 +203,33 @@ class LocalBackend:
         ratio = inputs[0].element_size() // flat.element_size()
         sent = [tensor.numel() * ratio for tensor in inputs]
         received = [tensor.numel() * ratio for tensor in outputs]
-        options = build_options(AllToAllOptions, call, stage)
-        launch = partial(self.native.alltoall_base, target, flat, received, sent, options)
+        options = self.options(AllToAllOptions, call, stage)
+        launch = partial(self.collectives.alltoall_base, target, flat, received, sent, options)
         return self.launch(call, [launch], outputs, stage)
 
     def gather(self, call: Call, outputs: list[Tensor], source: Tensor, root: int) -> CollectiveWork | None:
         """`outputs` is empty except on the root."""
         stage = Staging(self.wire)
         flat, targets = stage.source(source), [stage.target(tensor) for tensor in outputs]
-        options = build_options(GatherOptions, call, stage, root=root)
-        launch = partial(self.native.gather, [targets] if targets else [], [flat], options)
+        options = self.options(GatherOptions, call, stage, root=root)
+        launch = partial(self.collectives.gather, [targets] if targets else [], [flat], options)
         return self.launch(call, [launch], [outputs] if outputs else [], stage)
 
     def scatter(self, call: Call, output: Tensor, inputs: list[Tensor], root: int) -> CollectiveWork | None:
         """`inputs` is empty except on the root."""
         stage = Staging(self.wire)
         sources, target = [stage.source(tensor) for tensor in inputs], stage.target(output)
-        options = build_options(ScatterOptions, call, stage, root=root)
-        launch = partial(self.native.scatter, [target], [sources] if sources else [], options)
+        options = self.options(ScatterOptions, call, stage, root=root)
+        launch = partial(self.collectives.scatter, [target], [sources] if sources else [], options)
         return self.launch(call, [launch], [output], stage)
 
     def barrier(self, call: Call, device: torch.device) -> CollectiveWork | None:
         stage = Staging(self.wire)
-        options = build_options(BarrierOptions, call, stage)
+        options = self.options(BarrierOptions, call, stage)
         options.device = device
         if device.index is not None:
             options.device_ids = [device.index]
-        return self.launch(call, [partial(self.native.barrier, options)], [], stage)
+        return self.launch(call, [partial(self.collectives.barrier, options)], [], stage)
 
     # Point to point
 
@@ -222,7 +248,21 @@ class LocalBackend:
     def _all_reduce(self, call: Call, stage: Staging, tensors: list[Tensor], op: Any) -> Launch:
         recipe = self.recipe(op, tensors[0].dtype)
         buffer = stage.both(tensors[0], recipe) if len(tensors) == 1 else stage.packed(tensors, recipe)
-        return partial(self.native.allreduce, [buffer], build_options(AllreduceOptions, call, stage, recipe.op))
+        return partial(self.collectives.allreduce, [buffer], self.options(AllreduceOptions, call, stage, recipe.op))
+
+    def options(
+        self, kind: type[Options], call: Call, stage: Staging, op: Any = None, root: int | None = None
+    ) -> Options:
+        """c10d options of `kind` for a call. NCCL runs synchronous calls on the caller's stream and then has no future
+        to chain steps to that follow the collective: there, what is staged must be asynchronous."""
+        options: Any = kind()
+        options.timeout = call.timeout
+        options.asyncOp = call.async_op or (stage.finish is not None and not self.synchronous_calls_have_futures)
+        if op is not None:
+            options.reduceOp = op
+        if root is not None:
+            options.rootRank = root
+        return options
 
 
 def guarded(call: Call, launch: Launch) -> Any:
@@ -231,19 +271,6 @@ def guarded(call: Call, launch: Launch) -> Any:
         return launch()
     except RuntimeError as error:
         raise failure(call, error) from error
-
-
-def build_options(kind: type[Options], call: Call, stage: Staging, op: Any = None, root: int | None = None) -> Options:
-    """c10d options of `kind` for a call. What is staged has steps after the collective, so it must be asynchronous:
-    NCCL runs synchronous calls on the caller's stream and then has no future to chain those steps to."""
-    options: Any = kind()
-    options.timeout = call.timeout
-    options.asyncOp = call.async_op or stage.finish is not None
-    if op is not None:
-        options.reduceOp = op
-    if root is not None:
-        options.rootRank = root
-    return options
 
 
 def _per_row(flat: Tensor, tensor: Tensor, rows: list[int]) -> list[int]:

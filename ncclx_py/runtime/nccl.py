@@ -1,4 +1,4 @@
-"""CUDA tensors: collectives over NCCL.
+"""CUDA tensors: collectives over NCCL: directly in a group on one host, as plans of levels in one that spans hosts.
 
 All stream semantics are ProcessGroupNCCL's: a call orders NCCL's stream after the caller's, ``wait`` orders the
 caller's stream after NCCL's, and the CPU blocks in neither. Several operations of one call, and all calls of a batch,
@@ -16,11 +16,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ncclx_py.runtime.basis import Membership
+from ncclx_py.runtime.choices import Decision
 from ncclx_py.runtime.errors import Call
 from ncclx_py.runtime.local import Launch, LocalBackend, guarded
+from ncclx_py.runtime.native_plans import NativePlans
 from ncclx_py.runtime.reduction import Recipe, nccl_recipe
 from ncclx_py.runtime.staging import Staging
 from ncclx_py.runtime.work import CollectiveWork
+
+Levels = Callable[[Any], NativePlans | None]
 
 
 class NcclBackend(LocalBackend):
@@ -32,6 +37,7 @@ class NcclBackend(LocalBackend):
     """
 
     name = "nccl"
+    synchronous_calls_have_futures = False
     wire = frozenset(
         {
             torch.float64,
@@ -45,13 +51,29 @@ class NcclBackend(LocalBackend):
         }
     )
 
-    def __init__(self, connect: Callable[[str], Any], rank: int, size: int) -> None:
-        """`connect` makes a ProcessGroupNCCL in a name space of the group's store."""
+    def __init__(
+        self, connect: Callable[[str], Any], rank: int, size: int, levels: Levels = lambda native: None
+    ) -> None:
+        """`connect` makes a ProcessGroupNCCL in a name space of the group's store. `levels` is asked at the first
+        collective, on all ranks, for what carries them instead; None for NCCL itself."""
         super().__init__(connect("cuda"), rank, size)
+        self._levels = levels
+        self._plans: NativePlans | None = None
+        self._collectives: Any = None
         self._connect = connect
         self._downward: Any = None
         self._batch: list[Callable[[], None]] | None = None
         self._outputs: list[Any] = []
+
+    @property
+    def collectives(self) -> Any:
+        if self._collectives is None:
+            self._plans = self._levels(self.native)
+            self._collectives = self._plans or self.native
+        return self._collectives if self._batch is None else self.native
+
+    def decisions(self) -> list[Decision]:
+        return self._plans.decisions.all() if self._plans is not None else []
 
     def recipe(self, op: Any, dtype: torch.dtype) -> Recipe:
         return nccl_recipe(op, dtype, self.size)
@@ -74,8 +96,10 @@ class NcclBackend(LocalBackend):
                 guarded(call, launch)
             self._defer(outputs, stage)
             return None
-        if len(launches) == 1:
-            return CollectiveWork(call, [guarded(call, launches[0])], outputs, stage.finish)
+        if (
+            len(launches) == 1 or self._plans is not None
+        ):  # steps of plans wait for one another: they cannot be one group
+            return CollectiveWork(call, [guarded(call, launch) for launch in launches], outputs, stage.finish)
         self.native._start_coalescing()
         try:
             for launch in launches:
@@ -102,7 +126,8 @@ class NcclBackend(LocalBackend):
         return CollectiveWork(call, [guarded(call, launch)], [tensor], stage.finish)
 
     def natives(self) -> list[Any]:
-        return [self.native] if self._downward is None else [self.native, self._downward]
+        made = [self.native] if self._downward is None else [self.native, self._downward]
+        return made if self._plans is None else [*made, *self._plans.natives()]
 
     def _channel(self, downward: bool) -> Any:
         """The process group for messages in one direction; inside a batch there is only one."""
@@ -118,9 +143,7 @@ class NcclBackend(LocalBackend):
             self._batch.append(stage.finish)
 
 
-def nccl_connector(
-    store: Any, rank: int, size: int, timeout: timedelta, group: str, ranks: list[int], options: Any
-) -> Callable[[str], Any]:
+def nccl_connector(store: Any, member: Membership, timeout: timedelta, options: Any) -> Callable[[str], Any]:
     """A function that makes a ProcessGroupNCCL; `options` are the caller's ``pg_options``, or None.
 
     Raises RuntimeError where torch was built without NCCL, TypeError where `options` are not NCCL's.
@@ -136,11 +159,29 @@ def nccl_connector(
     def connect(prefix: str) -> Any:
         chosen: Any = options if options is not None else native.Options()
         chosen._timeout = timeout
-        chosen.global_ranks_in_group = ranks
-        chosen.group_name = group
-        made = native(dist.PrefixStore(f"{prefix}/", store), rank, size, chosen)
+        chosen.global_ranks_in_group = list(member.ranks)
+        chosen.group_name = member.group
+        made = native(dist.PrefixStore(f"{prefix}/", store), member.rank, member.size, chosen)
         made._set_sequence_number_for_group()
         return made
+
+    return connect
+
+
+def part_connector(
+    store: Any, member: Membership, timeout: timedelta, options: Any
+) -> Callable[[str, tuple[int, ...]], Any]:
+    """A function that makes a ProcessGroupNCCL of some of the group's ranks, of which this is one."""
+
+    def connect(name: str, ranks: tuple[int, ...]) -> Any:
+        mine: Any = None
+        if options is not None:
+            mine = dist.ProcessGroupNCCL.Options()
+            mine.is_high_priority_stream = options.is_high_priority_stream
+        part = Membership(
+            f"{member.group}/{name}", ranks.index(member.rank), tuple(member.ranks[rank] for rank in ranks), world=False
+        )
+        return nccl_connector(store, part, timeout, mine)(name)
 
     return connect
 

@@ -1,4 +1,4 @@
-"""What a gloo backend may still be running: so that leaving a group, or the process, neither loses it nor waits for ever.
+"""What the CPU backend may still be running: so that leaving a group, or the process, neither loses it nor waits for ever.
 
 A collective is forgotten when it has been waited for, or at the first call after it completed: nobody needs to wait, and
 nothing piles up. gloo cannot tell whether a send has completed, and drops the message of a send whose handle is gone; a
@@ -25,10 +25,12 @@ class Pending:
         self._lock = threading.Lock()
 
     def add(self, work: Any) -> None:
-        """Remembers a work with ``is_completed``; forgets those that have completed."""
+        """Remembers a work with ``is_completed``, if it has not; forgets those that have completed."""
         with self._lock:
-            self._works = {known for known in self._works if not known.is_completed()}
-            self._works.add(work)
+            if self._works:
+                self._works = {known for known in self._works if not known.is_completed()}
+            if not work.is_completed():
+                self._works.add(work)
 
     def forget(self, work: Any) -> None:
         with self._lock:

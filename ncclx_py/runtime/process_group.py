@@ -29,7 +29,7 @@ Result = CollectiveWork | None
 
 
 class NcclxProcessGroup(GroupBase):
-    """A group of ranks whose collectives run over gloo (CPU tensors) and NCCL (CUDA tensors).
+    """A group of ranks whose collectives run as plans, over shared memory and TCP (CPU tensors) or NCCL (CUDA tensors).
 
     Made by torch through ``init_process_group("ncclx")`` and ``new_group``. `opts` are c10d's options objects and may be
     left out; a `ReduceOp` may stand in their place. Ranks are group ranks. Inside a coalescing block on CUDA the result
@@ -129,6 +129,9 @@ class NcclxProcessGroup(GroupBase):
         check.together(call, source, output)
         received = check.splits(call, output, output_splits, "output")
         sent = check.splits(call, source, input_splits, "input")
+        if not output_splits and not input_splits:
+            check.elements(call, output, source.numel(), "output")
+            received = sent = []
         return self.start(call, source, lambda local: local.all_to_all_single(call, output, source, received, sent))
 
     alltoall_base = all_to_all_single
@@ -171,7 +174,7 @@ class NcclxProcessGroup(GroupBase):
     def barrier(self, opts: Any = None, timeout: timedelta | None = None) -> Result:
         """Returns (or its work completes) when every rank has come here.
 
-        It runs over gloo, after this rank's current CUDA stream has drained, so it means the same on every rank
+        It runs on the CPU, after this rank's current CUDA stream has drained, so it means the same on every rank
         whatever tensors the group has seen; with ``device_ids`` it is NCCL's.
         """
         call = self.ask("barrier", opts, timeout)

@@ -1,7 +1,7 @@
 """How a reduction that a library lacks is expressed in one that it has.
 
 A `Recipe` says in which dtype the bytes travel, which operation the library runs, and what is multiplied before or
-divided after. Rules, for gloo (NCCL has nearly all of it natively, see ``nccl.py``):
+divided after. Rules, for CPU tensors (NCCL has nearly all of it natively, see ``nccl.py``):
 
 - AVG is SUM, then one division by the group's size; integers are refused, as a rounded mean is nobody's intention.
 - PREMUL_SUM multiplies by the factor on each rank, then SUM.
@@ -9,6 +9,8 @@ divided after. Rules, for gloo (NCCL has nearly all of it natively, see ``nccl.p
 - int16, uint16 and uint32 travel as the next wider integer; wrapping on overflow is unchanged.
 - float8 travels as float32 and is rounded once, at the end.
 - complex: SUM, AVG and PREMUL_SUM only, as two real parts.
+- Half precision is summed in single precision and rounded once per rank that combines: once in all inside a host where
+  an algorithm combines everything at once (``direct``), and once per hop of a ring or a level.
 """
 
 from __future__ import annotations
@@ -86,7 +88,7 @@ def _plain_gloo_recipe(what: Any, dtype: torch.dtype, size: int) -> Recipe:
         return Recipe(_BOOL_AS_BYTES.get(what, what))  # gloo.py leaves bool out of `wire`: it travels as bytes
     carrier = _WIDER.get(dtype)
     if what == ReduceOp.AVG:
-        return Recipe(ReduceOp.SUM, carrier, divisor=size)
+        return Recipe(ReduceOp.SUM, carrier, divisor=size if size > 1 else None)
     return Recipe(ReduceOp.SUM if what == ReduceOp.PREMUL_SUM else what, carrier)
 
 

@@ -33,14 +33,22 @@ def register() -> None:
 
 def make_group(how: Any, options: Any) -> Any:
     """Called by torch for each group that this rank is a member of; `how` are c10d's ``_DistributedBackendOptions``."""
-    from ncclx_py.runtime.process_group import NcclxProcessGroup  # its imports are not needed before a group is made
+    from ncclx_py.runtime.basis import Membership  # not needed before a group is made, like what it imports
+    from ncclx_py.runtime.process_group import NcclxProcessGroup
 
-    return NcclxProcessGroup(
-        how.store,
-        how.group_rank,
-        how.group_size,
-        how.timeout,
-        how.group_id,
-        list(how.global_ranks_in_group) or list(range(how.group_size)),
-        options,
-    )
+    everyone = not how.global_ranks_in_group
+    ranks = tuple(how.global_ranks_in_group) or tuple(range(how.group_size))
+    member = Membership(how.group_id, how.group_rank, ranks, world=everyone)
+    return NcclxProcessGroup(how.store, member, how.timeout, options)
+
+
+def group_of(group: Any) -> Any:
+    """`group`, or the default group for None. Raises TypeError when it is not ours, ValueError when there is none."""
+    from ncclx_py.runtime.group_base import GroupBase
+
+    found = group if group is not None else dist.group.WORLD
+    if found is None:
+        raise ValueError("There is no default process group: call init_process_group first, or name a group.")
+    if not isinstance(found, GroupBase):
+        raise TypeError(f"The group is a {type(found).__name__}, not one of the backend {BACKEND!r}.")
+    return found

@@ -1,30 +1,20 @@
 """Turns any strided tensor of any dtype into the flat buffer that a library can move or reduce, and back.
 
-gloo and NCCL want contiguous memory and know a dozen dtypes. gloo does not even check: an all-reduce over a strided
-view silently works on the wrong elements. So every tensor passes through here. A contiguous tensor of a known dtype
-costs nothing (its buffer is a view); anything else is copied once in each direction, which also makes ranks with
-different strides agree. A reduction's `Recipe` is applied on the way.
+Plans and NCCL want contiguous memory and know a dozen dtypes. So every tensor passes through here. A contiguous tensor
+of a known dtype costs nothing (its buffer is a view); anything else is copied once in each direction, which also makes
+ranks with different strides agree. A reduction's `Recipe` is applied on the way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ReduceOp
 
 from ncclx_py.runtime.reduction import Recipe
 
 AS_IT_IS = Recipe(None)
-_STEPS: dict[Any, Callable[..., Tensor]] = {
-    ReduceOp.MIN: torch.minimum,
-    ReduceOp.MAX: torch.maximum,
-    ReduceOp.BAND: torch.bitwise_and,
-    ReduceOp.BOR: torch.bitwise_or,
-    ReduceOp.BXOR: torch.bitwise_xor,
-}
 _PARTS = {torch.complex64: torch.float32, torch.complex128: torch.float64, torch.complex32: torch.float16}
 
 
@@ -77,16 +67,6 @@ class Staging:
         buffer = torch.empty(length, dtype=tensors[0].dtype, device=tensors[0].device)
         return self._returning(buffer, tensors, AS_IT_IS)
 
-    def contributions(self, tensor: Tensor, recipe: Recipe, size: int) -> Tensor:
-        """A buffer for what `size` ranks contribute to `tensor`, one after the other; they are then reduced into it."""
-        direct = is_plain(tensor) and recipe.carrier is None
-        buffer = plain(tensor) if direct else tensor.new_empty(tensor.numel(), dtype=recipe.carrier)
-        landing = self._as_wire(buffer.new_empty(size * buffer.numel()))
-        result = self._as_wire(buffer)
-        self._after.append(lambda: _combine(recipe.op, landing.view(size, result.numel()), result))
-        self._returning(buffer, [tensor], recipe)
-        return landing
-
     def _returning(self, buffer: Tensor, tensors: list[Tensor], recipe: Recipe) -> Tensor:
         """Registers what brings `buffer` back into `tensors`: the division first, then the copies that are needed."""
         divisor = recipe.divisor
@@ -128,22 +108,6 @@ def _prepared(flat: Tensor, recipe: Recipe) -> Tensor:
     if recipe.carrier is not None:
         flat = flat.to(recipe.carrier)
     return flat if recipe.factor is None else flat * recipe.factor
-
-
-def _combine(op: Any, rows: Tensor, result: Tensor) -> None:
-    """Reduces `rows` in the order of ranks. Half precision is summed in single precision and rounded once."""
-    if not result.numel():
-        return
-    with torch.inference_mode(result.is_inference()), torch.no_grad():
-        if op == ReduceOp.SUM:
-            torch.sum(rows, 0, dtype=result.dtype, out=result)
-        elif op == ReduceOp.PRODUCT:
-            torch.prod(rows, 0, dtype=result.dtype, out=result)
-        else:
-            step = _STEPS[op]
-            result.copy_(rows[0])
-            for row in rows[1:]:
-                step(result, row, out=result)
 
 
 def _divide(buffer: Tensor, divisor: int) -> None:

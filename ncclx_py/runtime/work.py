@@ -25,6 +25,7 @@ from torch.futures import Future
 
 from ncclx_py.runtime.errors import Call, failure, overdue
 from ncclx_py.runtime.pending import Pending
+from ncclx_py.runtime.progress import Job
 
 Finish = Callable[[], None]
 
@@ -181,15 +182,18 @@ def _chain(call: Call, natives: Sequence[Any], outputs: list[Any], finish: Finis
     """A future that completes after `natives` and `finish`, and carries an error that C++ consumers understand."""
     futures = [native.get_future() for native in natives]
     joined = futures[0] if len(futures) == 1 else torch.futures.collect_all(futures)
-    return joined.then(partial(_complete, call, futures, outputs, finish))
+    return joined.then(partial(_complete, call, list(zip(natives, futures)), outputs, finish))
 
 
 def _complete(
-    call: Call, futures: list[Future[Any]], outputs: list[Any], finish: Finish | None, _joined: Future[Any]
+    call: Call, parts: list[tuple[Any, Future[Any]]], outputs: list[Any], finish: Finish | None, _joined: Future[Any]
 ) -> list[Any]:
     try:
-        for future in futures:
-            future.value()
+        for native, future in parts:
+            if isinstance(native, Job):
+                native.wait()
+            else:
+                future.value()
     except RuntimeError as error:
         raise failure(call, error) from error
     if finish is not None:

@@ -97,3 +97,18 @@ def test_an_impossible_slurm_environment_is_refused(change: dict[str, str], word
 def test_a_missing_variable_is_named() -> None:
     with pytest.raises(ValueError, match="RANK is not set"):
         read_launch({"WORLD_SIZE": "2"})
+
+
+@pytest.mark.parametrize(
+    ("env", "host_of"),
+    [
+        (TORCHRUN, (0, 0, 0, 0, 1, 1, 1, 1)),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "3"}, ()),  # uneven: torchrun does not tell how
+        (SLURM, (0, 0, 1, 1, 2)),
+        (SLURM | {"SLURM_DISTRIBUTION": "cyclic,pack"}, (0, 1, 2, 0, 1)),
+        (SLURM | {"SLURM_DISTRIBUTION": "arbitrary"}, ()),
+        ({}, (0,)),
+    ],
+)
+def test_which_rank_is_on_which_host(env: dict[str, str], host_of: tuple[int, ...]) -> None:
+    assert read_launch(env).host_of() == host_of

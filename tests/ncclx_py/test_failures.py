@@ -117,7 +117,7 @@ def test_a_killed_peer_is_an_error_in_every_collective(pool: RankPool) -> None:
             assert kind == "CollectiveError", (name, message)
         assert "rank 0 of 2" in message
         assert "group '" in message
-        assert "A peer exited" in message
+        assert "rank 1 is gone" in message or (name == "received" and "A peer exited" in message), (name, message)
     assert "first failure" in answers["all_reduce"][1]
     assert answers["work"] is False
     assert answers["destroy seconds"] < 5
@@ -138,7 +138,7 @@ def test_the_timeout_of_init_is_honoured(pool: RankPool, name: str) -> None:
     kind, message, seconds = answer
     assert kind == "CollectiveTimeout"
     assert 1.5 < seconds < 3.4
-    assert "Some rank is late" in message
+    assert "waits for rank 1" in message if name != "received" else "Some rank is late" in message
 
 
 def call_timeout(me: Rank) -> tuple[str, str, float] | None:
@@ -199,8 +199,7 @@ def test_an_error_in_backward_of_ddp_is_raised_and_survived(pool: RankPool, how:
     assert seconds < 10
     assert "all_reduce" in message
     assert "rank 0 of 2" in message
-    causes = ["A peer exited"] if how == "killed" else ["Some rank is late", "This rank has closed its connections"]
-    assert any(cause in message for cause in causes)  # of one bucket or another
+    assert ("rank 1 is gone" if how == "killed" else "waits for rank 1") in message
 
 
 def aborted(me: Rank) -> list[Any] | None:

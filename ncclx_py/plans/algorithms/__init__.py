@@ -1,1 +1,1 @@
-"""The algorithms, one file per collective: pure functions from a problem and a topology to one rank's steps."""
+"""Algorithms: pure functions from (problem, topology, rank, parameters) to the steps of that rank."""

@@ -1,0 +1,135 @@
+"""What a group's plans rest on: the topology, the tuner and the settings, agreed between its ranks when it is made.
+
+Ranks that see different topologies, tables, rules or settings would make plans that do not fit together. So each rank
+publishes what it has, before anything runs, and a difference is an error on all of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from ncclx_py.plans.errors import PlanError
+from ncclx_py.plans.files import plan_from_json
+from ncclx_py.plans.plan import Plan
+from ncclx_py.plans.spec import resolve, topology_for
+from ncclx_py.plans.spec_file import read_spec
+from ncclx_py.plans.topology import Topology
+from ncclx_py.plans.tuner import Tuner
+from ncclx_py.plans.verify import verify
+from ncclx_py.runtime.errors import CollectiveError
+from ncclx_py.runtime.settings import Settings, differences, read_settings, shared_part
+
+
+@dataclass(frozen=True)
+class Membership:
+    """This rank's place in a group: `ranks` are the group's global ranks; `world` says that it has all there are."""
+
+    group: str
+    rank: int
+    ranks: tuple[int, ...]
+    world: bool
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+
+@dataclass(frozen=True)
+class Basis:
+    """See the module. `outside` is the plan of ``NCCLX_PLAN``, verified; None where there is none for this group."""
+
+    topology: Topology
+    tuner: Tuner
+    settings: Settings
+    outside: Plan | None
+
+
+def agree(
+    member: Membership, store: Any, timeout: timedelta, env: Mapping[str, str], host_of: Sequence[int], rails: int
+) -> Basis:
+    """The basis of a group whose rank r is on host ``host_of[r]``; every rank must call it, with a store for this.
+
+    Raises CollectiveError on every rank when a variable or a file is wrong on one of them, or differs between two.
+    """
+    basis, part = None, {}
+    try:
+        basis = _basis(member, env, host_of, rails)
+        part = shared_part(basis.settings, basis.tuner.digest())
+    except (ValueError, OSError) as error:
+        part = {"error": str(error)}
+    parts = exchange(store, member, json.dumps(part), timeout, json.loads)
+    for rank, other in enumerate(parts):
+        if "error" in other:
+            raise CollectiveError(f"Group {member.group!r} cannot be made: rank {rank} reports: {other['error']}")
+    differing = differences(parts)
+    if differing:
+        raise CollectiveError(f"Group {member.group!r} cannot be made. {differing}")
+    assert basis is not None
+    return basis
+
+
+def exchange(
+    store: Any, member: Membership, mine: str, timeout: timedelta, read: Callable[[bytes], Any] = bytes.decode
+) -> list[Any]:
+    """What each rank of the group has given, in order of rank."""
+    keys = [f"basis/{rank}" for rank in range(member.size)]
+    store.set(keys[member.rank], mine)
+    store.wait(keys, timeout)
+    return [read(text) for text in store.multi_get(keys)]
+
+
+def group_topology(member: Membership, env: Mapping[str, str], host_of: Sequence[int], rails: int) -> Topology:
+    """The topology of a group. The file of ``NCCLX_TOPOLOGY`` speaks of all ranks of the program, so that of a smaller
+    group is a part of it. Raises ValueError when the file contradicts where the ranks are."""
+    spec = read_spec(env["NCCLX_TOPOLOGY"]) if env.get("NCCLX_TOPOLOGY") else None
+    everyone = member.ranks == tuple(range(member.size))
+    if spec is None or not spec.host_of or member.world or (everyone and len(spec.host_of) == member.size):
+        return topology_for(host_of, rails, env)
+    world = resolve((), 0, spec).topology
+    if max(member.ranks) >= world.size:
+        raise ValueError(
+            f"The topology file {spec.path} has {world.size} ranks, but rank {max(member.ranks)} is in a group: make the "
+            "file for all ranks of the program."
+        )
+    part = world.subset(member.ranks)
+    for rank, (said, found) in enumerate(
+        zip(part.host_of, Topology(tuple(host_of)).subset(range(member.size)).host_of)
+    ):
+        if said != found:
+            raise ValueError(
+                f"The topology file {spec.path} puts rank {member.ranks[rank]} on another host than it runs on, seen from "
+                f"rank {member.ranks[0]}: correct placement in the file, or NCCLX_HOST_ID of the rank."
+            )
+    return part
+
+
+def _basis(member: Membership, env: Mapping[str, str], host_of: Sequence[int], rails: int) -> Basis:
+    settings = read_settings(env)
+    topology = group_topology(member, env, host_of, rails)
+    tuner = Tuner.from_environment(topology, {**env, "NCCLX_DETERMINISTIC": str(int(settings.deterministic))})
+    return Basis(topology, tuner, settings, _outside(member, topology, settings.plan))
+
+
+def _outside(member: Membership, topology: Topology, path: str) -> Plan | None:
+    """The plan in a file, if it is for a group of this size. Raises ValueError when it is wrong, or cannot be for any."""
+    if not path:
+        return None
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"The plan file NCCLX_PLAN={path} cannot be read: {error}.") from error
+    plan = plan_from_json(text, path)
+    if plan.problem.size != member.size:
+        if member.world:
+            raise ValueError(f"{path}: the plan is for {plan.problem.size} ranks; this group has {member.size}.")
+        return None
+    try:
+        verify(plan, topology)
+    except PlanError as error:
+        raise ValueError(f"{path}: the plan is wrong and will not run: {error}.") from error
+    return plan

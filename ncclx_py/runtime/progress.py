@@ -1,0 +1,194 @@
+"""Runs the collectives of one group in the order in which they were called, beside the program that called them.
+
+    progress = Progress("group name")
+    job = progress.start(run, inline=False)      # returns at once; `run()` does the work on the group's thread
+    job.wait(); job.is_completed(); job.get_future()
+
+A `Job` has the part of a c10d work that `CollectiveWork` asks for. Jobs run one after the other. A caller that waits
+anyway says `inline`: its job then runs in the calling thread if nothing is before it, which saves two thread switches
+(tens of µs, most of the time of a small collective). Otherwise a thread is started with the first job; it sleeps without
+the GIL while there are none, and keeps nothing of a job that has ended.
+
+A callback of a job's future may start another and wait for it (PowerSGD's hook of DDP does): that one runs at once, right
+after the job that the callback belongs to, on every rank.
+"""
+
+from __future__ import annotations
+
+import _thread
+import threading
+from collections import deque
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+from torch.futures import Future
+
+from ncclx_py.runtime.errors import Call, CollectiveError
+
+
+class Job:
+    """One collective in flight.
+
+    `engine` is what carries it (an algorithm), known once it has been chosen; the call given to `belongs_to` learns
+    it for its error messages.
+    """
+
+    __slots__ = ("_action", "_call", "_ended", "_error", "_future", "_lock", "engine")
+
+    def __init__(self, action: Callable[[Job], None]) -> None:
+        self.engine = ""
+        self._action: Callable[[Job], None] | None = action
+        self._call: Call | None = None
+        self._error: RuntimeError | None = None
+        self._future: Future[None] | None = None
+        self._lock = _thread.allocate_lock()
+        self._ended = _thread.allocate_lock()  # held until the job has ended: cheaper than an Event
+        self._ended.acquire()
+
+    def belongs_to(self, call: Call) -> None:
+        if self.engine:
+            call.engine = self.engine
+        else:
+            self._call = call
+
+    def carried_by(self, engine: str) -> None:
+        self.engine = engine
+        if self._call is not None:
+            self._call.engine = engine
+
+    def work(self) -> None:
+        """Does what is to be done; what goes wrong is kept for those who wait."""
+        action, self._action = self._action, None
+        try:
+            if action is not None:
+                action(self)
+        except RuntimeError as error:
+            self._error = error.with_traceback(None)  # its frames would keep the tensors
+        except BaseException as error:
+            self._error = RuntimeError(f"{type(error).__name__}: {error}")
+            self._error.__cause__ = error
+
+    def end(self) -> None:
+        """Tells those who wait. The callbacks of the future run here, and may ask for the future again."""
+        with self._lock:
+            self._ended.release()
+            future = self._future
+        if future is not None:
+            future.set_result(None)
+
+    def refuse(self, reason: str) -> None:
+        """Ends a job that has not begun."""
+        self._action = None
+        self._error = CollectiveError(reason)
+        self.end()
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        """Blocks without the GIL until the job has ended. Raises its error, or RuntimeError when `timeout` passes."""
+        seconds = timeout.total_seconds() if timeout else -1
+        if not self._ended.acquire(timeout=seconds):
+            raise RuntimeError(f"Timed out waiting {seconds:g} s")
+        self._ended.release()
+        if self._error is not None:  # a new one each time: a traceback that grows keeps the waiters' frames
+            raise type(self._error)(*self._error.args) from self._error.__cause__
+        return True
+
+    def is_completed(self) -> bool:
+        return not self._ended.locked()
+
+    def get_future(self) -> Future[Any]:
+        """A future that completes when the job has ended, well or not: `wait` then tells."""
+        with self._lock:
+            made = self._future is None
+            future = self._future = self._future or Future()
+            late = made and self.is_completed()
+        if late:
+            future.set_result(None)
+        return future
+
+
+class Progress:
+    """The jobs of one group; `name` is for the thread's name."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._jobs: deque[Job] = deque()
+        self._changed = threading.Condition(threading.Lock())
+        self._thread: threading.Thread | None = None
+        self._runner = 0  # the thread that is running a job, 0 while none does
+        self._telling = 0  # the same while it runs the callbacks of that job
+        self._closed = ""
+
+    def start(self, action: Callable[[Job], None], inline: bool) -> Job:
+        """Runs `action(job)` after all that was started before; here and now if `inline` and nothing is before it.
+
+        Raises CollectiveError when the group has been closed.
+        """
+        job = Job(action)
+        if self._telling == threading.get_ident():
+            job.work()
+            job.end()
+            return job
+        with self._changed:
+            if self._closed:
+                raise CollectiveError(self._closed)
+            here = inline and not self._runner and not self._jobs
+            if here:
+                self._runner = threading.get_ident()
+            else:
+                self._jobs.append(job)
+                self._wake()
+        if here:
+            self._run(job)
+        return job
+
+    def close(self, reason: str, seconds: float) -> bool:
+        """Lets nothing more start, refuses what has not begun with `reason`, and waits up to `seconds` for the rest.
+
+        True when nothing runs any more and no thread is left; False also from inside a job. The one who closes sees to
+        it that the running job ends.
+        """
+        with self._changed:
+            self._closed = self._closed or reason
+            waiting, self._jobs = list(self._jobs), deque()
+            thread, inside = self._thread, self._runner == threading.get_ident()
+            self._changed.notify_all()
+        for job in waiting:
+            job.refuse(reason)
+        if inside or not self.drain(seconds):
+            return False
+        if thread is not None:
+            thread.join(seconds)
+        return thread is None or not thread.is_alive()
+
+    def drain(self, seconds: float) -> bool:
+        """Waits until all jobs have ended; False when `seconds` pass first."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._runner and not self._jobs, seconds)
+
+    def _wake(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name=f"ncclx-{self._name}", daemon=True)
+            self._thread.start()
+        self._changed.notify_all()
+
+    def _run(self, job: Job) -> None:
+        try:
+            job.work()
+            self._telling = self._runner
+            job.end()
+        finally:
+            with self._changed:
+                self._runner = self._telling = 0
+                self._changed.notify_all()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or (self._jobs and not self._runner))
+                if not self._jobs:
+                    return
+                job = self._jobs.popleft()
+                self._runner = threading.get_ident()
+            self._run(job)
+            del job

@@ -1,0 +1,116 @@
+"""A rank's window: memory that the other ranks of its host read, and the words by which they tell each other when.
+
+It is a memfd, sparse and as large as the machine's memory: only what is touched exists, no name is left behind by
+``kill -9``, and its file descriptor reaches the neighbours over a Unix socket. Layout:
+
+    page 0      word 0: length of the abort text, 0 while all is well; the text from byte 64
+                word 1: 1 while the owner sleeps and wants to be woken (see `bells`)
+    page 1 …    the last `CALLS` calls: text and length
+    …           one channel block per (neighbour, lane), see `channels`
+    data_start  what is sent: copies of user memory (the mirror) and the scratch of plans
+
+Every word has one writer. Words that peers wait for only grow. A writer's stores are seen in their order: x86 does so by
+itself, elsewhere `fence` sees to it.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import platform
+import threading
+from collections.abc import Callable
+
+from ncclx_py.runtime.memory import address_of
+from ncclx_py.runtime.signature import RECORD_BYTES
+
+LANES = 64
+CALLS = 64
+RING = 64  # messages of a channel that are on their way at one time
+BLOCK_WORDS = 16 + 4 * RING  # posted, consumed (on a cache line each), then (where, bytes, digest, call) per message
+PAGE = mmap.PAGESIZE
+ASLEEP = 1  # the word
+
+_TEXT_AT, _TEXT_BYTES = 64, PAGE - 64
+_CALLS_AT = PAGE
+_CALL_BYTES = 128
+_BLOCKS_AT = _CALLS_AT + CALLS * _CALL_BYTES
+
+
+def _lock_cycle() -> None:
+    for _ in range(2):
+        with _FENCE:
+            pass
+
+
+_FENCE = threading.Lock()
+fence: Callable[[], None] | None = None if platform.machine() in ("x86_64", "AMD64", "i686") else _lock_cycle
+
+
+def physical_memory() -> int:
+    """Bytes of memory of this machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+class Window:
+    """One rank's window as mapped here, by its owner or by a neighbour. `address` is where it starts in this process."""
+
+    def __init__(self, descriptor: int, neighbours: int) -> None:
+        """Maps `descriptor`, which stays open."""
+        self.data_start = data_start(neighbours)
+        self._map = mmap.mmap(descriptor, 0)
+        self._map.madvise(mmap.MADV_DONTDUMP)
+        self.size = len(self._map)
+        self.address = address_of(self._map)
+        self._bytes = memoryview(self._map)
+        self.words = self._bytes[: self.data_start].cast("Q")
+
+    def abort_text(self) -> str:
+        """Why the owner has aborted; "" while it has not."""
+        length = self.words[0]
+        return bytes(self._bytes[_TEXT_AT : _TEXT_AT + length]).decode(errors="replace") if length else ""
+
+    def set_abort_text(self, text: str) -> None:
+        encoded = text.encode()[:_TEXT_BYTES]
+        self._bytes[_TEXT_AT : _TEXT_AT + len(encoded)] = encoded
+        if fence:
+            fence()
+        self.words[0] = len(encoded)
+
+    def call(self, index: int) -> str:
+        """The text of the call `index`, if it is one of the last `CALLS`."""
+        start = _CALLS_AT + index % CALLS * _CALL_BYTES
+        length = min(self.words[start // 8], RECORD_BYTES)
+        return bytes(self._bytes[start + 8 : start + 8 + length]).decode(errors="replace")
+
+    def set_call(self, index: int, record: bytes) -> None:
+        start = _CALLS_AT + index % CALLS * _CALL_BYTES
+        self._bytes[start + 8 : start + 8 + len(record)] = record
+        self.words[start // 8] = len(record)
+
+    def give_back(self, start: int, stop: int) -> None:
+        """Returns the memory of whole pages between two byte offsets to the system."""
+        start, stop = -(-start // PAGE) * PAGE, stop // PAGE * PAGE
+        if start < stop:
+            self._map.madvise(mmap.MADV_REMOVE, start, stop - start)
+
+    def close(self) -> None:
+        self.words.release()
+        self._bytes.release()
+        self._map.close()
+
+
+def create(name: str, neighbours: int) -> tuple[int, Window]:
+    """A new window, for a rank with `neighbours` ranks on its host (itself included): its descriptor and its map."""
+    descriptor = os.memfd_create(name, os.MFD_CLOEXEC)
+    os.ftruncate(descriptor, data_start(neighbours) + physical_memory() // PAGE * PAGE)
+    return descriptor, Window(descriptor, neighbours)
+
+
+def block_word(neighbour: int, lane: int) -> int:
+    """The index of the first word of a channel block. Ranks are counted within the host."""
+    return _BLOCKS_AT // 8 + (neighbour * LANES + lane) * BLOCK_WORDS
+
+
+def data_start(neighbours: int) -> int:
+    return -(-(_BLOCKS_AT + 8 * BLOCK_WORDS * LANES * neighbours) // PAGE) * PAGE
