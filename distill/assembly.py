@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from distill.config import ModelConfig, RunConfig
+from distill.config import ModelConfig, ModelSpec, RunConfig
 from distill.data import Task, bpe_tokenizer, build_task, char_tokenizer
 from distill.distributed import device
 from distill.engine import TORCH_DTYPES
@@ -35,21 +35,27 @@ INITIAL = 1  # purpose of the random numbers that initialise a model
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What a run works with. ``student`` may be a peft model; ``teacher`` is frozen and in evaluation mode."""
+    """What a run works with. ``student`` may be a peft model; ``teacher`` and ``reference`` are frozen, in evaluation mode.
+
+    ``reference`` is None unless the method asks for one and ``model.reference.path`` names it.
+    """
 
     task: Task
     held_out: Task
     tokenizer: PreTrainedTokenizerBase
     student: nn.Module
     teacher: PreTrainedModel | None
+    reference: PreTrainedModel | None
     method: Method
 
 
 def assemble(config: RunConfig) -> Parts:
     """Load or build everything. Raises ConfigError or ModelError before anything is written."""
     method = build_method(config.method)
+    _check_groups(config, method)
     spec = config.model.teacher
-    if spec.path is None and (method.needs_teacher or Source.TEACHER in method.uses()):
+    reads_teacher = "teacher" in method.needs or not method.uses().isdisjoint((Source.TEACHER, Source.MONITORED))
+    if spec.path is None and reads_teacher and method.self_teacher is None:
         raise ConfigError(f"method={config.method['name']} needs a teacher; set model.teacher.path=FOLDER_OR_HUB_NAME")
     try:
         task, held_out = build_task(config.data, "train"), build_task(config.data, "test")
@@ -58,14 +64,32 @@ def assemble(config: RunConfig) -> Parts:
     teacher_tokenizer = load_tokenizer(spec, "teacher") if spec.path else None
     tokenizer = student_tokenizer(config.model, task, teacher_tokenizer)
     if teacher_tokenizer is not None:
-        check_tokenizers(tokenizer, teacher_tokenizer)
-    teacher = None
-    if spec.path:
-        teacher = freeze(load_model(spec, "teacher", TORCH_DTYPES[config.model.teacher_dtype]))
-        nn.Module.to(teacher, device())
+        check_tokenizers(tokenizer, teacher_tokenizer, "teacher")
+    teacher = frozen_model(config, spec, "teacher") if spec.path else None
+    reference = None
+    if "reference" in method.needs and config.model.reference.path:
+        check_tokenizers(tokenizer, load_tokenizer(config.model.reference, "reference"), "reference")
+        reference = frozen_model(config, config.model.reference, "reference")
     student = make_student(config, tokenizer).to(device())
-    _check_context(config, student, teacher)
-    return Parts(task, held_out, tokenizer, student, teacher, method)
+    _check_context(config, {"student": student, "teacher": teacher, "reference": reference})
+    return Parts(task, held_out, tokenizer, student, teacher, reference, method)
+
+
+def frozen_model(config: RunConfig, spec: ModelSpec, who: str) -> PreTrainedModel:
+    """A teacher or reference by its path, in ``model.teacher_dtype``, on this rank's device."""
+    model = freeze(load_model(spec, who, TORCH_DTYPES[config.model.teacher_dtype]))
+    nn.Module.to(model, device())
+    return model
+
+
+def _check_groups(config: RunConfig, method: Method) -> None:
+    """A step takes whole groups of samples of one prompt."""
+    size = method.samples_per_prompt
+    if config.train.batch_size % size:
+        raise ConfigError(
+            f"train.batch_size={config.train.batch_size} is not a multiple of the {size} samples per prompt of "
+            f"method={config.method['name']}; set train.batch_size={-(-config.train.batch_size // size) * size}"
+        )
 
 
 def make_student(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
@@ -98,9 +122,9 @@ def student_tokenizer(
     return task_tokenizer(task, spec.vocab_size)
 
 
-def _check_context(config: RunConfig, student: nn.Module, teacher: PreTrainedModel | None) -> None:
-    """A run may not ask for more positions than either model was made for."""
-    for who, model in (("student", student), ("teacher", teacher)):
+def _check_context(config: RunConfig, models: dict[str, nn.Module | None]) -> None:
+    """A run may not ask for more positions than any of its models was made for."""
+    for who, model in models.items():
         limit = context_length(model) if model is not None else None
         if limit is not None and config.train.max_length > limit:
             raise ModelError(

@@ -22,6 +22,7 @@ from distill.errors import CheckpointError
 from distill.runs import replace_folder
 
 MANIFEST = "manifest.json"
+FROZEN = "frozen_models.pt"  # what is the same on every rank and belongs to no optimizer
 
 
 class RecordingWriter(TorchCheckpointEngine):
@@ -54,8 +55,11 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder, self.keep = folder, keep
 
-    def save(self, engine: TrainEngine, step: int, state: dict[str, Any]) -> None:
-        """Write ``step_<step>``. Raises CheckpointError on every rank if any rank could not write its part."""
+    def save(self, engine: TrainEngine, step: int, state: dict[str, Any], frozen: dict[str, Any]) -> None:
+        """Write ``step_<step>``: the engine, ``state`` (small), and rank 0's ``frozen`` (may hold a model's weights).
+
+        Raises CheckpointError on every rank if any rank could not write its part.
+        """
         target = self.folder / f"step_{step:08d}"
         partial = self.folder / f".partial_{target.name}"
         if rank() == 0:
@@ -66,6 +70,8 @@ class Checkpoints:
         writer = RecordingWriter()
         engine.deepspeed.checkpoint_engine = writer
         engine.deepspeed.save_checkpoint(str(self.folder), tag=partial.name, client_state=state, save_latest=False)
+        if rank() == 0:
+            writer.save(frozen, str(partial / FROZEN))
         failures = [f"rank {i}: {text}" for i, text in enumerate(gathered(writer.failure)) if text]
         if failures:
             self._give_up(partial, target, failures[0])
@@ -106,8 +112,8 @@ class Checkpoints:
             newest = complete[-1]
         return from_rank_0(newest)
 
-    def load(self, engine: TrainEngine, checkpoint: Path) -> dict[str, Any]:
-        """Put the engine back where it was; returns the ``state`` given to ``save``.
+    def load(self, engine: TrainEngine, checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Put the engine back where it was; returns the ``state`` and ``frozen`` given to ``save``.
 
         Raises CheckpointError for files that are missing, cut short, or from another number of ranks.
         """
@@ -118,7 +124,8 @@ class Checkpoints:
             path, state = engine.deepspeed.load_checkpoint(str(self.folder), tag=checkpoint.name)
             if path is None:
                 raise CheckpointError(f"{checkpoint} could not be loaded by DeepSpeed; remove it to use the one before")
-        return state
+            frozen = torch.load(checkpoint / FROZEN, map_location="cpu", weights_only=True)
+        return state, frozen
 
 
 def verify(checkpoint: Path, ranks: int) -> None:

@@ -1,4 +1,4 @@
-"""The ``distill`` command: ``distill train``, ``distill eval``; Hydra overrides as ``key=value``.
+"""The ``distill`` command: ``distill train``, ``distill rollout``, ``distill eval``; Hydra overrides as ``key=value``.
 
 Each subcommand is a module of its own (``python -m distill.train`` is the same). A mistake in the input is one message and
 exit code 2; a failure while running is 1.
@@ -19,7 +19,11 @@ from typing import Any
 from distill.errors import DistillError
 from distill.runs import write_json
 
-COMMANDS = {"train": "train a student, alone or from a teacher", "eval": "measure what a model can do"}
+COMMANDS = {
+    "train": "train a student, alone or from a teacher",
+    "rollout": "write trajectories of a student and its teacher, as data",
+    "eval": "measure what a model can do",
+}
 
 
 def main() -> int:

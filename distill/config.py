@@ -55,6 +55,7 @@ class LoraSpec:
 class ModelConfig:
     student: ModelSpec = field(default_factory=ModelSpec)
     teacher: ModelSpec = field(default_factory=ModelSpec)
+    reference: ModelSpec = field(default_factory=ModelSpec)  # of methods that ask for one; no path: the initial student
     lora: LoraSpec = field(default_factory=LoraSpec)
     teacher_dtype: str = "float32"
 
@@ -126,6 +127,21 @@ class RolloutConfig:
 
 
 @dataclass(kw_only=True)
+class AggregationSpec:
+    """How the token losses of a step become one number; see ``distill.aggregation``."""
+
+    kind: str = "token_mean"
+    alpha: float = 1.0  # delta_l: exponent of the length, 0 to 1
+    constant: float | None = None  # constant, delta_l: tokens that a sequence counts for; None: rollout.max_new_tokens
+
+    def __post_init__(self) -> None:
+        one_of("train.aggregation.kind", self.kind, ("token_mean", "sequence_mean", "constant", "delta_l"))
+        in_range("train.aggregation.alpha", self.alpha, low=0.0)
+        if self.constant is not None:
+            in_range("train.aggregation.constant", self.constant, low=1.0)
+
+
+@dataclass(kw_only=True)
 class TrainSection:
     """Steps and batches. ``batch_size`` counts sequences per optimizer step over all ranks."""
 
@@ -136,6 +152,7 @@ class TrainSection:
     pack: bool = True
     log_every: int = 10
     stop_at: float | None = None  # end early once the in-training pass@1 reaches this
+    aggregation: AggregationSpec = field(default_factory=AggregationSpec)
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "micro_batch_size", "max_length", "log_every"):
@@ -187,6 +204,27 @@ class RunSection:
 
 
 @dataclass(kw_only=True)
+class MonitorSection:
+    """What is watched during training, and from where on it is alarming; see ``distill.monitors``."""
+
+    epistemic_words: list[str] = field(default_factory=list)
+    smoothing: float = 0.9  # of moving averages over steps
+    baseline_steps: int = 20  # first steps whose mean is the baseline
+    density_drop: float = 0.5  # share of the epistemic density lost …
+    accuracy_drop: float = 0.02  # … while held-out pass@1 is this far below its best
+    entropy_share: float = 0.1  # student entropy over the teacher's (without a teacher: over its baseline)
+    length_growth: float = 2.0  # mean length of rollouts over its baseline
+
+    def __post_init__(self) -> None:
+        in_range("monitor.smoothing", self.smoothing, low=0.0, high=0.999999)
+        in_range("monitor.baseline_steps", self.baseline_steps, low=1)
+        in_range("monitor.density_drop", self.density_drop, low=0.0, high=1.0)
+        in_range("monitor.accuracy_drop", self.accuracy_drop, low=0.0, high=1.0)
+        in_range("monitor.entropy_share", self.entropy_share, low=0.0)
+        in_range("monitor.length_growth", self.length_growth, low=1.0)
+
+
+@dataclass(kw_only=True)
 class RunConfig:
     """One training or evaluation run, complete and checked."""
 
@@ -199,6 +237,7 @@ class RunConfig:
     rollout: RolloutConfig
     train: TrainSection
     eval: EvalSection
+    monitor: MonitorSection
     checkpoint: CheckpointSection
     run: RunSection
     resolved: dict[str, Any]  # the plain mapping all of this came from
@@ -211,6 +250,7 @@ SECTIONS: dict[str, type] = {
     "rollout": RolloutConfig,
     "train": TrainSection,
     "eval": EvalSection,
+    "monitor": MonitorSection,
     "checkpoint": CheckpointSection,
     "run": RunSection,
 }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
@@ -115,10 +115,15 @@ def all_or_nothing(kind: type[DistillError]) -> Iterator[None]:
 
 def raise_together(kind: type[DistillError], message: str | None) -> None:
     """Raise the first rank's message on every rank; return where no rank has one. All ranks call it."""
-    failures = [(index, text) for index, text in enumerate(gathered(message)) if text is not None]
+    raise_first(kind, gathered(message))
+
+
+def raise_first(kind: type[DistillError], messages: Sequence[str | None]) -> None:
+    """Raise the first of all ranks' messages as an error that every rank raises; return where there is none."""
+    failures = [(index, text) for index, text in enumerate(messages) if text is not None]
     if failures:
         index, text = failures[0]
-        alike = len(failures) == world_size() and len({text for _, text in failures}) == 1
+        alike = len(failures) == len(messages) and len({text for _, text in failures}) == 1
         shared = kind(text if alike else f"{text} (rank {index})")
         shared.on_every_rank = True
         raise shared

@@ -20,6 +20,7 @@ from distill.distributed import all_or_nothing, device, gathered, rank, total, w
 from distill.errors import DataError
 from distill.kernels import divergence
 from distill.models import TargetLogits
+from distill.monitors import WordCounter
 from distill.rollouts.generator import Generator
 from distill.rollouts.rollout import Rollout
 from distill.rollouts.sampling import SamplingParams
@@ -40,6 +41,7 @@ class Outcome:
     exact_chain: bool | None
     length: int
     finished: bool
+    words: int = 0  # epistemic words, see ``distill.monitors``
 
 
 class Evaluator:
@@ -56,6 +58,7 @@ class Evaluator:
     ) -> None:
         self.config, self.task, self.tokenizer = config, task, tokenizer
         self.in_training, self.progress = in_training, progress
+        self._words = WordCounter(config.monitor.epistemic_words)
         self._generators: dict[int, Generator] = {}
 
     def problems(self, count: int) -> range:
@@ -65,8 +68,8 @@ class Evaluator:
 
     def measure(self, model: PreTrainedModel, teacher: PreTrainedModel | None) -> dict[str, float]:
         """Figures over ``eval.examples`` problems: ``pass_at_1`` (greedy), ``exact_chain``, ``mean_length`` (tokens),
-        ``finished``; with ``eval.samples`` also ``sampled_pass_at_<k>`` and ``sampled_mean_length``; with a teacher
-        ``kl_teacher`` (forward KL in nats per token on held-out references).
+        ``finished``, and ``epistemic_density`` where it is not 0; with ``eval.samples`` also ``sampled_pass_at_<k>`` and
+        ``sampled_mean_length``; with a teacher ``kl_teacher`` (forward KL in nats per token on held-out references).
         """
         options = self.config.eval
         mine = self.problems(options.examples)[rank() :: world_size()]
@@ -119,10 +122,11 @@ class Evaluator:
     def _judge(self, problem: int, example: Example, rollout: Rollout) -> Outcome:
         text = str(self.tokenizer.decode(rollout.response_ids, skip_special_tokens=True))
         finished = rollout.finish != "length"
+        length, words = len(rollout.response_ids), self._words.count(text)
         if example.answer is None:
-            return Outcome(problem, False, None, len(rollout.response_ids), finished)
+            return Outcome(problem, False, None, length, finished, words)
         verdict = self.task.verify(example, text)
-        return Outcome(problem, verdict.correct, verdict.exact_chain, len(rollout.response_ids), finished)
+        return Outcome(problem, verdict.correct, verdict.exact_chain, length, finished, words)
 
     def _generator(self, model: PreTrainedModel) -> Generator:
         if id(model) not in self._generators:
@@ -160,13 +164,16 @@ def micro_batches(sequences: Sequence[TokenSequence], size: int, pad_id: int) ->
 
 
 def summarise(outcomes: Sequence[Outcome]) -> dict[str, float]:
-    """Shares and means over outcomes, one per problem."""
+    """Shares and means over outcomes, one per problem; ``epistemic_density`` (words per 1,000 tokens) where there are any."""
     count = max(len(outcomes), 1)
     figures = {
         "pass_at_1": sum(o.correct for o in outcomes) / count,
         "mean_length": sum(o.length for o in outcomes) / count,
         "finished": sum(o.finished for o in outcomes) / count,
     }
+    words = sum(o.words for o in outcomes)
+    if words:
+        figures["epistemic_density"] = 1000.0 * words / sum(o.length for o in outcomes)
     chains = [o.exact_chain for o in outcomes if o.exact_chain is not None]
     return figures | ({"exact_chain": sum(chains) / len(chains)} if chains else {})
 

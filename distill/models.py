@@ -146,7 +146,7 @@ def freeze(model: PreTrainedModel) -> PreTrainedModel:
     return model.eval().requires_grad_(False)
 
 
-def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, who: str = "teacher") -> None:
     """Refuse two tokenizers unless one family made both: equal ids for every token in the range both have.
 
     Padded or extended vocabularies (151936 beside 152064) pass: only ids below the smaller size must agree.
@@ -163,13 +163,13 @@ def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
     if not differing and _split(student) == _split(teacher):
         return
     examples = ", ".join(
-        f"{token!r} is {ours.get(token, 'absent')} for the student and {theirs.get(token, 'absent')} for the teacher"
+        f"{token!r} is {ours.get(token, 'absent')} for the student and {theirs.get(token, 'absent')} for the {who}"
         for token in sorted(differing)[:2]
     )
     raise ModelError(
-        f"the student's and the teacher's tokenizers differ in {len(differing)} of their first {shared} tokens"
+        f"the student's and the {who}'s tokenizers differ in {len(differing)} of their first {shared} tokens"
         f"{': ' + examples if examples else ' (they split the same text differently)'}. Token-level distillation needs "
-        "one tokenizer family; choose a student of the teacher's family"
+        "one tokenizer family; choose a student of the {who}'s family"
     )
 
 

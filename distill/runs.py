@@ -24,7 +24,18 @@ import yaml
 from distill.errors import CheckpointError, ConfigError
 
 # Keys that may differ between a checkpoint and the run that continues it: they change no sample, loss or weight.
-FREE_KEYS = ("run", "comm", "checkpoint", "train.log_every", "data.path", "model.student.path", "model.teacher.path")
+FREE_KEYS = (
+    "run",
+    "comm",
+    "checkpoint",
+    "train.log_every",
+    "data.path",
+    "model.student.path",
+    "model.teacher.path",
+    "rollout.slots",
+    "rollout.samples",
+    "rollout.examples",
+)
 
 
 class RunFolder:

@@ -1,16 +1,15 @@
 """From global sample numbers to token sequences: the data side of one training step.
 
-Sample number i names an example (through the seeded order), a source (through the method) and the seed of its random
-choices, so a step's sequences follow from (seed, i) and the weights alone: the same on any world size and after any
-restart, with nothing lost or repeated.
+Sample number i names a prompt (i // samples_per_prompt, through the seeded order), a source (through the method) and the
+seed of its random choices, so a step's sequences follow from (seed, i) and the weights alone: the same on any world size
+and after any restart, with nothing lost or repeated.
 """
 
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,31 +19,45 @@ from distill.data import Example, Task
 from distill.data.order import SampleOrder
 from distill.data.tokenize import CannotEncode, OnLong, TokenSequence, TooLong, encode_examples, encode_prompt
 from distill.errors import DataError
-from distill.methods import Method, Source
+from distill.methods.base import Method, SequenceFacts, Source, Writer
+from distill.models import context_length
+from distill.monitors import BY_STUDENT, WordCounter
 from distill.rollouts.generator import Generator
-from distill.rollouts.rollout import Rollout
+from distill.rollouts.rollout import Trajectory
 from distill.rollouts.sampling import SamplingParams
 from distill.seeds import mix
 
-ORDER, SOURCE, ROLLOUT = 11, 12, 13  # purposes: keep the random choices apart
+ORDER, SOURCE, ROLLOUT, PROBE = 11, 12, 13, 15  # purposes: keep the random choices apart
 
 
 @dataclass(slots=True)
 class StepSamples:
     """One rank's sequences of one step, and what making them cost."""
 
-    sequences: list[TokenSequence]
+    sequences: list[TokenSequence] = field(default_factory=list)
+    facts: list[SequenceFacts] = field(default_factory=list)  # one per sequence
     skipped: int = 0  # samples too long for the context (data.on_long=skip)
-    generated_tokens: int = 0
+    generated_tokens: int = 0  # in texts that are trained on
     finished: int = 0
     rollouts: int = 0
     correct: int = 0
+    student_tokens: float = 0.0  # decoded by the student, probes and discarded spans included
+    teacher_tokens: float = 0.0
     seconds: float = 0.0
-    sources: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """One sample to be made."""
+
+    sample: int
+    group: int
+    example: Example
+    source: Source
 
 
 class SampleSource:
-    """Makes sequences for ranges of global sample numbers."""
+    """Makes sequences for ranges of global sample numbers. ``teacher`` writes where the method wants teacher text."""
 
     def __init__(
         self,
@@ -56,80 +69,191 @@ class SampleSource:
     ) -> None:
         self.config, self.task, self.tokenizer, self.method, self.teacher = config, task, tokenizer, method, teacher
         self.order = SampleOrder(len(task), mix(config.seed, ORDER))
+        self._words = WordCounter(config.monitor.epistemic_words)
         self._generators: dict[int, Generator] = {}
+        self._writers: dict[int, Writer] = {}
+        self._teacher_context = context_length(teacher) if teacher is not None else None
 
-    def examples(self, samples: range) -> list[Example]:
-        return [self.task[index] for index in self.order.indices(samples.start, len(samples))]
+    @property
+    def needs_student(self) -> bool:
+        """Whether the student has to write anything."""
+        return bool(self.method.probe_rollouts) or not self.method.uses().isdisjoint(BY_STUDENT)
 
-    def make(self, samples: range, student: PreTrainedModel | None) -> StepSamples:
-        """Sequences for these samples, in order. ``student`` and the teacher write where the method wants them to.
+    def epoch(self, sample: int) -> float:
+        """How often the prompts before this sample number have gone through the data."""
+        return self.order.epoch(sample // self.method.samples_per_prompt)
 
-        ``student`` may be None for a method that never asks it to write.
+    def wanted(self, samples: range, progress: float = 0.0) -> list[Wanted]:
+        """What these samples are, before anything is written."""
+        groups = [sample // self.method.samples_per_prompt for sample in samples]
+        indices = dict(zip(range(groups[0], groups[-1] + 1), self.order.indices(groups[0], groups[-1] + 1 - groups[0])))
+        examples = {group: self.task[index] for group, index in indices.items()}
+        seed = mix(self.config.seed, SOURCE)
+        return [
+            Wanted(sample, group, examples[group], self.method.source(sample, seed, progress))
+            for sample, group in zip(samples, groups, strict=True)
+        ]
 
-        Raises DataError naming the example that cannot be encoded or is too long.
+    def make(self, samples: range, student: PreTrainedModel | None, progress: float = 0.0) -> StepSamples:
+        """Sequences for these samples, in order; samples that do not fit are skipped under data.on_long=skip.
+
+        ``student`` may be None unless ``needs_student``. Raises DataError naming the example that cannot be encoded or is
+        too long.
         """
         try:
-            return self._make(samples, student)
+            return self._make(self.wanted(samples, progress), student)
         except (TooLong, CannotEncode) as error:
             raise DataError(str(error)) from None
 
-    def _make(self, samples: range, student: PreTrainedModel | None) -> StepSamples:
+    def _make(self, wanted: Sequence[Wanted], student: PreTrainedModel | None) -> StepSamples:
         started = time.perf_counter()
-        examples = self.examples(samples)
-        sources = [self.method.source(sample, mix(self.config.seed, SOURCE)) for sample in samples]
-        made = StepSamples([], sources=Counter(source.value for source in sources))
-        slots: list[TokenSequence | None] = [None] * len(examples)
-        limit, on_long = self.config.train.max_length, cast(OnLong, self.config.data.on_long)
-        for i, (example, source) in enumerate(zip(examples, sources, strict=True)):
-            if source is Source.REFERENCE:
-                encoded, _ = encode_examples(self.tokenizer, [example], limit, on_long)
-                slots[i] = encoded[0] if encoded else None
-        for source, writer in ((Source.STUDENT, student), (Source.TEACHER, self.teacher)):
-            wanted = [i for i, chosen in enumerate(sources) if chosen is source]
-            if wanted:
-                assert writer is not None
-                self._write(writer, wanted, examples, samples, slots, made)
-        made.sequences = [sequence for sequence in slots if sequence is not None]
-        made.skipped = len(slots) - len(made.sequences)
+        made = StepSamples()
+        probed = self._probe(wanted, student, made)
+        slots: dict[int, TokenSequence] = {}
+        for sample in wanted:
+            if sample.source is Source.REFERENCE and (sequence := self._reference(sample)) is not None:
+                slots[sample.sample] = sequence
+        for source in (Source.STUDENT, Source.TEACHER, Source.MONITORED):
+            part = [sample for sample in wanted if sample.source is source]
+            if part:
+                self._write(source, part, student, slots, made)
+        for sample in wanted:
+            if sample.sample in slots:
+                self._finish(sample, slots[sample.sample], probed.get(sample.group), made)
+        made.skipped = len(wanted) - len(made.sequences)
         made.seconds = time.perf_counter() - started
         return made
 
+    def _finish(self, wanted: Wanted, sequence: TokenSequence, probed: float | None, made: StepSamples) -> None:
+        """The method's say in what counts and what the teacher sees; the facts of the text as it was written."""
+        length, words = len(sequence.response_ids), 0
+        if wanted.source in BY_STUDENT:
+            words = self._words.count(self._text(sequence.response_ids))
+        view = self.method.teacher_view(wanted.example)
+        if view is not None:
+            sequence = replace(sequence, teacher_prompt=encode_prompt(self.tokenizer, view))
+        sequence = self.method.supervise(replace(sequence, sample=wanted.sample), self.tokenizer)
+        if not self._teacher_can_read(sequence):
+            return
+        flags = sequence.supervised
+        tokens = len(sequence.response_ids) if flags is None else sum(flags)
+        made.sequences.append(sequence)
+        made.facts.append(
+            SequenceFacts(
+                wanted.sample,
+                wanted.group,
+                wanted.source,
+                tokens,
+                length,
+                sequence.correct,
+                probed,
+                words,
+                sequence.notes,
+            )
+        )
+
+    def _teacher_can_read(self, sequence: TokenSequence) -> bool:
+        """Whether a longer prompt for the teacher leaves room for the response. Raises TooLong unless data.on_long=skip."""
+        length, limit = len(sequence.before_teacher().ids), self._teacher_context
+        if sequence.teacher_prompt is None or limit is None or length <= limit:
+            return True
+        if self.config.data.on_long == "skip":
+            return False
+        remedy = "lower rollout.max_new_tokens, shorten the context that the method gives the teacher, or set data.on_long=skip"
+        raise TooLong(sequence.example_id, "what the teacher sees has", length, limit, remedy)
+
+    def _reference(self, wanted: Wanted) -> TokenSequence | None:
+        limit, on_long = self.config.train.max_length, cast(OnLong, self.config.data.on_long)
+        encoded, _ = encode_examples(self.tokenizer, [wanted.example], limit, on_long)
+        return encoded[0] if encoded else None
+
     def _write(
         self,
-        writer: PreTrainedModel,
-        wanted: Sequence[int],
-        examples: Sequence[Example],
-        samples: range,
-        slots: list[TokenSequence | None],
+        source: Source,
+        wanted: Sequence[Wanted],
+        student: PreTrainedModel | None,
+        slots: dict[int, TokenSequence],
         made: StepSamples,
     ) -> None:
-        """Fill ``slots[i]`` for every wanted i with the writer's own continuation of prompt i."""
-        prompts = {i: encode_prompt(self.tokenizer, examples[i]) for i in wanted}
-        fitting = [i for i in wanted if prompt_fits(examples[i], prompts[i], self.config)]
-        rollouts = self._generator(writer).generate(
-            [prompts[i] for i in fitting],
-            sampling_params(self.config.rollout),
-            [mix(self.config.seed, ROLLOUT, samples[i]) for i in fitting],
-        )
-        for i, rollout in zip(fitting, rollouts, strict=True):
-            slots[i] = TokenSequence(rollout.prompt_ids + rollout.response_ids, len(rollout.prompt_ids), examples[i].id)
-            self._count(examples[i], rollout, made)
-
-    def _count(self, example: Example, rollout: Rollout, made: StepSamples) -> None:
-        made.rollouts += 1
-        made.generated_tokens += len(rollout.response_ids)
-        made.finished += rollout.finish != "length"
-        if example.answer is not None:
-            text = self.tokenizer.decode(rollout.response_ids, skip_special_tokens=True)
-            made.correct += self.task.verify(example, str(text)).correct
-
-    def _generator(self, writer: PreTrainedModel) -> Generator:
-        """One generator per model, kept for its cache."""
-        if id(writer) not in self._generators:
-            self._generators[id(writer)] = Generator(
-                writer, self.tokenizer, slots=self.config.rollout.slots, context_length=self.config.train.max_length
+        """Fill ``slots`` with what the source's writer makes of each prompt that leaves room."""
+        prompts = {w.sample: encode_prompt(self.tokenizer, w.example) for w in wanted}
+        fitting = [w for w in wanted if prompt_fits(w.example, prompts[w.sample], self.config)]
+        seeds = [mix(self.config.seed, ROLLOUT, w.sample) for w in fitting]
+        written = self._trajectories(source, [prompts[w.sample] for w in fitting], seeds, student)
+        for w, trajectory in zip(fitting, written, strict=True):
+            accepted = trajectory.accepted_ids
+            correct = self._judge(w.example, trajectory.ids if accepted is None else accepted)
+            prompt = prompts[w.sample]
+            slots[w.sample] = TokenSequence(
+                [*prompt, *trajectory.ids],
+                len(prompt),
+                w.example.id,
+                trajectory.supervised,
+                trajectory.logprobs,
+                correct=correct,
+                notes=trajectory.notes,
             )
-        return self._generators[id(writer)]
+            made.rollouts += 1
+            made.generated_tokens += len(trajectory.ids)
+            made.finished += trajectory.finished
+            made.correct += correct == 1.0
+            by_teacher = len(trajectory.ids) if source is Source.TEACHER else 0
+            made.student_tokens += trajectory.notes.get("student_tokens", len(trajectory.ids) - by_teacher)
+            made.teacher_tokens += trajectory.notes.get("teacher_tokens", by_teacher)
+
+    def _trajectories(
+        self, source: Source, prompts: list[list[int]], seeds: list[int], student: PreTrainedModel | None
+    ) -> Sequence[Trajectory]:
+        if source is Source.MONITORED:
+            return self._writer(student).generate(prompts, seeds)
+        model = student if source is Source.STUDENT else self.teacher
+        assert model is not None
+        rollouts = self._generator(model).generate(prompts, sampling_params(self.config.rollout), seeds)
+        return [Trajectory(r.response_ids, None, r.logprobs, r.finish != "length") for r in rollouts]
+
+    def _probe(
+        self, wanted: Sequence[Wanted], student: PreTrainedModel | None, made: StepSamples
+    ) -> dict[int, float | None]:
+        """Group → share of ``probe_rollouts`` answers of the current student that are right, where it can be judged."""
+        count = self.method.probe_rollouts
+        if not count:
+            return {}
+        assert student is not None
+        examples = {w.group: w.example for w in wanted if w.example.answer is not None}
+        prompts = {group: encode_prompt(self.tokenizer, example) for group, example in examples.items()}
+        asked = [g for g in examples if prompt_fits(examples[g], prompts[g], self.config) for _ in range(count)]
+        seeds = [mix(self.config.seed, PROBE, group, number % count) for number, group in enumerate(asked)]
+        params = sampling_params(self.config.rollout)
+        rollouts = self._generator(student).generate([prompts[group] for group in asked], params, seeds)
+        right = dict.fromkeys(asked, 0.0)
+        for group, rollout in zip(asked, rollouts, strict=True):
+            right[group] += self._judge(examples[group], rollout.response_ids) or 0.0
+            made.student_tokens += len(rollout.response_ids)
+        return {group: correct / count for group, correct in right.items()}
+
+    def _judge(self, example: Example, response: list[int]) -> float | None:
+        """1 or 0; None for an example without an answer."""
+        if example.answer is None:
+            return None
+        return float(self.task.verify(example, self._text(response)).correct)
+
+    def _text(self, response: list[int]) -> str:
+        return str(self.tokenizer.decode(response, skip_special_tokens=True))
+
+    def _generator(self, model: PreTrainedModel) -> Generator:
+        """One generator per model, kept for its cache."""
+        if id(model) not in self._generators:
+            self._generators[id(model)] = Generator(
+                model, self.tokenizer, slots=self.config.rollout.slots, context_length=self.config.train.max_length
+            )
+        return self._generators[id(model)]
+
+    def _writer(self, student: PreTrainedModel | None) -> Writer:
+        assert student is not None
+        assert self.teacher is not None
+        if id(student) not in self._writers:
+            self._writers[id(student)] = self.method.writer(student, self.teacher, self.tokenizer, self.config)
+        return self._writers[id(student)]
 
 
 def prompt_fits(example: Example, prompt: Sequence[int], config: RunConfig) -> bool:

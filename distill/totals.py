@@ -13,7 +13,7 @@ from distill.methods import TokenLosses
 
 
 class StepTotals:
-    """Sums of the loss and of each monitoring figure over supervised tokens, and the count of losses that are not finite."""
+    """Sums of the scaled loss and of each monitoring figure over supervised tokens, and the count of losses that are not finite."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
@@ -21,14 +21,14 @@ class StepTotals:
         self._sums: Tensor | None = None  # fp64: loss, non-finite tokens, then one per name
         self._parts: list[tuple[Tensor, TokenBatch]] = []
 
-    def add(self, losses: TokenLosses, batch: TokenBatch) -> None:
-        """Take in one micro-batch."""
+    def add(self, losses: TokenLosses, scales: Tensor, batch: TokenBatch) -> None:
+        """Take in one micro-batch; ``scales [T]`` multiply the losses, not the monitoring figures."""
         self.names = sorted(losses.stats)
         self.tokens += len(batch.target_ids)
         loss = losses.loss.detach()
         # A token outside the shared vocabulary has log-probability −inf: it must not blot out the figure of all others.
         stats = [losses.stats[name].nan_to_num(0.0, 0.0, 0.0) for name in self.names]
-        columns = [loss, ~loss.isfinite(), *stats]
+        columns = [loss * scales, ~loss.isfinite(), *stats]
         sums = torch.stack([column.sum(dtype=torch.float64) for column in columns])
         self._sums = sums if self._sums is None else self._sums + sums
         self._parts.append((loss, batch))

@@ -1,9 +1,10 @@
 """The training loop: rollout → score → loss → step → log.
 
-One optimizer step takes ``train.batch_size`` samples by their global numbers. Each rank makes its share of the sequences, cuts
-them into micro-batches, and adds the gradient of
+One optimizer step takes ``train.batch_size`` samples by their global numbers. Each rank makes its share of the sequences; all
+ranks learn a few facts of every sequence (lengths, verdicts); from these follow the method's weights w and the scale c of
+each sequence, and each rank adds up, micro-batch by micro-batch, the gradient of
 
-    loss = Σ_tokens ℓ / N,     N = supervised tokens of the whole global batch
+    loss = Σ_i c_i w_i Σ_t ℓ_it        (see ``distill.aggregation``)
 
 so that the result does not depend on the number of ranks, on accumulation, or on how sequences are laid out in rows.
 """
@@ -12,33 +13,33 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 
+from distill.aggregation import aggregation_scales, tokens_per_sequence
 from distill.assembly import Parts
 from distill.checkpoint import Checkpoints
 from distill.config import RunConfig
-from distill.data.batch import TokenBatch, collate
 from distill.data.order import shard
 from distill.data.packing import check_packing
-from distill.data.tokenize import TokenSequence
-from distill.distributed import device, gathered, raise_together, rank, total, world_size
+from distill.distributed import all_or_nothing, device, gathered, raise_first, rank, total, world_size
 from distill.engine import TrainEngine
-from distill.errors import DataError, NonFiniteLossError
+from distill.errors import CheckpointError, DataError, NonFiniteLossError
 from distill.evaluation import Evaluator
-from distill.methods import Source, Targets
+from distill.methods.base import BatchFacts, SequenceFacts, Targets
 from distill.metrics import MetricsLog
+from distill.micro_batches import Layout, MicroBatch, micro_batches
+from distill.monitors import Monitors, text_figures
 from distill.progress import StepProgress
 from distill.runs import RunFolder
 from distill.samples import SampleSource, StepSamples
 from distill.seeds import mix
-from distill.teacher import ColocatedTeacher
+from distill.teacher import FrozenModels
 from distill.totals import StepTotals
 
-DROPOUT = 14  # purpose of the torch generator during a step
+DROPOUT, DRAWS = 14, 16  # purposes of the random numbers during a step
 
 
 class Trainer:
@@ -46,11 +47,17 @@ class Trainer:
 
     def __init__(self, config: RunConfig, parts: Parts, folder: RunFolder) -> None:
         self.config, self.parts, self.folder = config, parts, folder
+        self.method = parts.method
+        self.frozen = FrozenModels(parts)
         self.engine = TrainEngine(parts.student, config.engine, config.train)
-        self.teacher = ColocatedTeacher(parts.teacher) if parts.teacher is not None else None
-        self.source = SampleSource(config, parts.task, parts.tokenizer, parts.method, parts.teacher)
+        self.source = SampleSource(config, parts.task, parts.tokenizer, self.method, self.frozen.writer)
         self.evaluator = Evaluator(config, parts.held_out, parts.tokenizer, in_training=True)
         self.checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep)
+        self.monitors = Monitors(config.monitor)
+        pad = parts.tokenizer.pad_token_id
+        assert isinstance(pad, int)
+        train = config.train
+        self.layout = Layout(train.micro_batch_size, self.engine.accumulation, train.pack, pad, device())
         self.done = 0  # optimizer steps taken
         self.stopped = False  # train.stop_at was reached
         self.last_eval: dict[str, float] = {}
@@ -60,15 +67,19 @@ class Trainer:
         newest = self.checkpoints.latest()
         if newest is None:
             return False
-        state = self.checkpoints.load(self.engine, newest)
+        state, frozen = self.checkpoints.load(self.engine, newest)
+        with all_or_nothing(CheckpointError):
+            self.frozen.restore(frozen)
         self.done, self.stopped, self.last_eval = state["step"], state["stopped"], state["eval"]
+        self.monitors.restore(state["monitors"])
         return True
 
     def run(self) -> dict[str, float]:
         """Train to the end (or until ``train.stop_at``); returns the last evaluation's figures."""
         options, log = self.config.train, None
         if rank() == 0:
-            log = MetricsLog(self.folder, self.config.run, self.done, self.config.resolved)
+            kept = self.done or -1  # without a checkpoint step 0 is measured again
+            log = MetricsLog(self.folder, self.config.run, kept, self.config.resolved)
         if options.pack:
             self._check_packing()
         with StepProgress("train", options.steps, self.done, options.log_every) as progress:
@@ -77,7 +88,9 @@ class Trainer:
                 if log is not None:
                     log.write(0, before)
             while self.done < options.steps and not self.stopped:
-                figures = self.step()
+                figures, alarms = self.step()
+                for line in alarms:
+                    progress.note(f"step {self.done}: {line}")
                 self.stopped = self._evaluate_if_due(figures, progress)
                 if log is not None:
                     log.write(self.done, figures)
@@ -92,92 +105,112 @@ class Trainer:
 
     def _save(self) -> None:
         """A checkpoint of everything that the rest of the run depends on; sample order and seeds follow from the step."""
-        state = {"step": self.done, "stopped": self.stopped, "eval": self.last_eval}
-        self.checkpoints.save(self.engine, self.done, state)
+        state = {
+            "step": self.done,
+            "stopped": self.stopped,
+            "eval": self.last_eval,
+            "monitors": self.monitors.state(),
+        }
+        self.checkpoints.save(self.engine, self.done, state, self.frozen.state())
 
-    def step(self) -> dict[str, float]:
-        """One optimizer step over the next ``train.batch_size`` samples; returns its figures."""
+    def step(self) -> tuple[dict[str, float], list[str]]:
+        """One optimizer step over the next ``train.batch_size`` samples; returns its figures and what is alarming in them."""
         began = time.perf_counter()
         torch.manual_seed(mix(self.config.seed, DROPOUT, self.done, rank()) % (1 << 63))
         size = self.config.train.batch_size
         samples = range(self.done * size, (self.done + 1) * size)
-        made, problem = self._make(self._share(samples))
-        batches = self._micro_batches(made)
-        tokens, problems = total([float(sum(len(batch.target_ids) for batch in batches)), float(problem is not None)])
-        if problems:
-            raise_together(DataError, problem)
+        self.frozen.renew(self.engine, self.done)
+        made, facts = self._make(samples)
+        batches, denominator = self._batches(made, facts)
         totals = StepTotals()
         for number, batch in enumerate(batches):
-            self._accumulate(batch, tokens, totals)
+            self._accumulate(batch, denominator, facts.progress, totals)
             if number == len(batches) - 1:
-                figures = self._agree(totals, made, samples)
+                figures = self._agree(totals, denominator, made, samples)
             self.engine.step()
         self._check_gradient(samples)
         self.done += 1
         seconds = time.perf_counter() - began
-        return figures | {
+        figures |= text_figures(facts)
+        figures |= {
             "train/grad_norm": self.engine.grad_norm,
             "train/lr": self.engine.lr,
             "perf/step_s": seconds,
-            "perf/tokens_per_s": tokens / seconds,
+            "perf/tokens_per_s": figures["train/tokens"] / seconds,
         }
+        return figures, self.monitors.after_step(figures, facts)
 
-    def _make(self, samples: range) -> tuple[StepSamples, str | None]:
-        """This rank's sequences, or what is wrong with one: the next reduction tells the other ranks."""
-        writes = Source.STUDENT in self.parts.method.uses()
-        with self.engine.plain_student() if writes else nullcontext() as student:
+    def _make(self, samples: range) -> tuple[StepSamples, BatchFacts]:
+        """This rank's sequences, and what every rank knows of all of them. Raises DataError on every rank if one failed."""
+        progress, problem, made = self.done / self.config.train.steps, None, StepSamples()
+        share = shard(samples, rank(), world_size())
+        assert isinstance(share, range)
+        with self.engine.plain_student() if self.source.needs_student else nullcontext() as student:
             try:
-                return self.source.make(samples, student), None
+                made = self.source.make(share, student, progress)
             except DataError as error:
-                return StepSamples([]), str(error)
+                problem = str(error)
+        answers: list[tuple[list[SequenceFacts], str | None]] = gathered((made.facts, problem))
+        raise_first(DataError, [text for _, text in answers])
+        return made, BatchFacts([fact for facts, _ in answers for fact in facts], progress)
 
-    def _share(self, samples: range) -> range:
-        part = shard(samples, rank(), world_size())
-        assert isinstance(part, range)
-        return part
+    def _batches(self, made: StepSamples, facts: BatchFacts) -> tuple[list[MicroBatch], float]:
+        """This rank's micro-batches, and what the sum of their scaled losses is to be divided by."""
+        lengths = [sequence.tokens for sequence in facts.sequences]
+        scales = aggregation_scales(self.config.train.aggregation, lengths, tokens_per_sequence(self.config))
+        weights = self.method.weigh(facts)
+        place = {sequence.sample: position for position, sequence in enumerate(facts.sequences)}
+        mine = [place[sequence.sample] for sequence in made.sequences]
+        seeds = [mix(self.config.seed, DRAWS, sequence.sample) for sequence in made.sequences]
+        batches = micro_batches(
+            self.layout,
+            made.sequences,
+            [scales.relative[position] for position in mine],
+            [weights[position] for position in mine],
+            seeds if self.method.draws else None,
+        )
+        return batches, scales.denominator
 
-    def _micro_batches(self, made: StepSamples) -> list[TokenBatch]:
-        """Exactly ``accumulation`` micro-batches, empty ones included: every rank must make the same number of passes."""
-        size, pad = self.config.train.micro_batch_size, self.parts.tokenizer.pad_token_id
-        assert isinstance(pad, int)
-        chunks = [made.sequences[i * size : (i + 1) * size] for i in range(self.engine.accumulation)]
-        return [collate(chunk, pad, self._row_length(chunk)).to(device()) for chunk in chunks]
-
-    def _row_length(self, sequences: Sequence[TokenSequence]) -> int | None:
-        """Packed rows are as long as the longest sequence: never more work than padding, in projections or in attention."""
-        if not self.config.train.pack:
-            return None
-        return max((len(sequence.ids) for sequence in sequences), default=1)
-
-    def _accumulate(self, batch: TokenBatch, tokens: float, totals: StepTotals) -> None:
+    def _accumulate(self, batch: MicroBatch, denominator: float, progress: float, totals: StepTotals) -> None:
         """Forward and backward of one micro-batch; adds to ``totals``."""
-        student_logits = self.engine.forward(batch)
-        teacher_logits = None
-        if self.parts.method.needs_teacher and self.teacher is not None:
-            teacher_logits = self.teacher.logits(batch)
-        losses = self.parts.method.token_losses(Targets(student_logits, teacher_logits, batch.target_ids))
-        totals.add(losses, batch)
-        loss = losses.loss.sum()
+        student_logits = self.engine.forward(batch.student)
+        targets = Targets(
+            student_logits,
+            self.frozen.teacher_logits(batch.teacher),
+            batch.student.target_ids,
+            reference_logits=self.frozen.reference_logits(batch.student),
+            sequence_index=batch.student.sequence_index,
+            advantages=batch.advantages,
+            behaviour_logprobs=batch.student.behaviour_logprobs,
+            draws=batch.draws,
+            progress=progress,
+        )
+        losses = self.method.token_losses(targets)
+        totals.add(losses, batch.scales, batch.student)
+        loss = (losses.loss * batch.scales).sum()
         # No targets at all: still a backward pass, because ZeRO reduces gradients inside it on every rank.
-        self.engine.backward(loss / max(tokens, 1.0) if len(batch.target_ids) else student_logits.sum() * 0.0)
+        self.engine.backward(loss / denominator if batch.tokens else student_logits.sum() * 0.0)
 
-    def _agree(self, totals: StepTotals, made: StepSamples, samples: range) -> dict[str, float]:
+    def _agree(self, totals: StepTotals, denominator: float, made: StepSamples, samples: range) -> dict[str, float]:
         """Global figures of the step. Raises NonFiniteLossError on every rank, before any weight moves."""
         counts = [made.skipped, made.rollouts, made.generated_tokens, made.finished, made.correct, totals.tokens]
-        sums = total([*map(float, counts), *totals.values()])
-        skipped, rollouts, generated, finished, correct, tokens, loss, bad, *stats = sums
+        decoded = [made.student_tokens, made.teacher_tokens]
+        sums = total([*map(float, counts), *decoded, *totals.values()])
+        skipped, rollouts, generated, finished, correct, tokens, by_student, by_teacher, loss, bad, *stats = sums
         if bad:
             self._stop_for(totals)
         per_token = max(tokens, 1.0)
         figures = {
-            "train/loss": loss / per_token,
+            "train/loss": loss / denominator,
             "train/tokens": tokens,
             "data/samples": float(samples.stop),
-            "data/epoch": self.source.order.epoch(samples.stop),
+            "data/epoch": self.source.epoch(samples.stop),
             "data/skipped": skipped,
             "perf/sample_s": made.seconds,
         }
         figures |= {f"monitor/{name}": value / per_token for name, value in zip(totals.names, stats, strict=True)}
+        if by_student or by_teacher:
+            figures |= {"rollout/student_tokens": by_student, "rollout/teacher_tokens": by_teacher}
         if rollouts:
             figures |= {
                 "rollout/share": rollouts / len(samples),
@@ -223,7 +256,10 @@ class Trainer:
         progress.note(
             f"step {self.done}: " + "  ".join(f"{name} {value:.4g}" for name, value in self.last_eval.items())
         )
-        return {f"eval/{name}": value for name, value in self.last_eval.items()}
+        figures = {f"eval/{name}": value for name, value in self.last_eval.items()}
+        for line in self.monitors.after_evaluation(figures):
+            progress.note(f"step {self.done}: {line}")
+        return figures
 
     def _check_packing(self) -> None:
         """A model that lets packed sequences see each other would train on the wrong context: refuse it at once."""

@@ -1,6 +1,7 @@
 """One micro-batch as tensors, padded or packed, with the supervised positions listed explicitly.
 
-A loss needs the logits at some positions and the token that follows each. Listing those positions makes padded and
+A loss needs the logits at some positions and the token that follows each: those of the response that
+``TokenSequence.supervised`` does not leave out. Listing those positions makes padded and
 packed batches the same to everything downstream: targets come in the order of the sequences, then of their tokens,
 however the sequences are laid out. Example::
 
@@ -34,6 +35,7 @@ class TokenBatch:
         target_index: [T, 2] int64, (row, column) of the position whose logits predict a supervised token.
         target_ids: [T] int64, that token.
         sequence_index: [T] int64, which of the sequences it belongs to (their order is that of ``collate``'s argument).
+        behaviour_logprobs: [T] fp32, the token's log-probability when a model wrote it; NaN in text from elsewhere.
         example_ids: the S ids.
     """
 
@@ -43,6 +45,7 @@ class TokenBatch:
     target_index: Tensor
     target_ids: Tensor
     sequence_index: Tensor
+    behaviour_logprobs: Tensor
     example_ids: list[str]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "TokenBatch":
@@ -58,6 +61,7 @@ class TokenBatch:
             target_index=move(self.target_index),
             target_ids=move(self.target_ids),
             sequence_index=move(self.sequence_index),
+            behaviour_logprobs=move(self.behaviour_logprobs),
             example_ids=self.example_ids,
         )
 
@@ -81,8 +85,10 @@ def collate(sequences: Sequence[TokenSequence], pad_id: int, pack_length: int | 
     rows = rows or [[]]
     width = max(1, max(sum(lengths[i] for i in row) for row in rows))
     starts = _starts(rows, lengths)
-    targets = torch.cat([_NO_TARGETS, *(_targets(start, sequence) for start, sequence in zip(starts, sequences))])
-    counts = torch.tensor([_target_count(sequence) for sequence in sequences], dtype=torch.int64)
+    chosen = [_supervised(sequence) for sequence in sequences]
+    targets = torch.cat([_NO_TARGETS, *(_targets(start, positions) for start, positions in zip(starts, chosen))])
+    counts = torch.tensor([len(positions) for positions in chosen], dtype=torch.int64)
+    logprobs = [_logprobs(sequence, positions) for sequence, positions in zip(sequences, chosen)]
     input_ids = torch.stack([_row_ids([sequences[i].ids for i in row], width, pad_id) for row in rows])
     return TokenBatch(
         input_ids=input_ids,
@@ -91,6 +97,7 @@ def collate(sequences: Sequence[TokenSequence], pad_id: int, pack_length: int | 
         target_index=targets,
         target_ids=input_ids[targets[:, 0], targets[:, 1] + 1],
         sequence_index=torch.repeat_interleave(torch.arange(len(counts)), counts),
+        behaviour_logprobs=torch.cat([torch.empty(0), *logprobs]),
         example_ids=[sequence.example_id for sequence in sequences],
     )
 
@@ -135,13 +142,23 @@ def _padding_mask(lengths: list[int], width: int) -> Tensor:
     return (torch.arange(width) < torch.tensor(lengths or [1])[:, None]).long()
 
 
-def _target_count(sequence: TokenSequence) -> int:
-    return len(sequence.ids) - max(sequence.prompt_length, 1)
+def _supervised(sequence: TokenSequence) -> Tensor:
+    """[t]: places in ``sequence.ids`` of the supervised tokens."""
+    first = max(sequence.prompt_length, 1)
+    places = torch.arange(first, len(sequence.ids))
+    if sequence.supervised is None:
+        return places
+    return places[torch.tensor(sequence.supervised[first - sequence.prompt_length :], dtype=torch.bool)]
 
 
-def _targets(start: tuple[int, int], sequence: TokenSequence) -> Tensor:
+def _targets(start: tuple[int, int], places: Tensor) -> Tensor:
     """[t, 2]: the position before each supervised token, whose logits predict it."""
     row, column = start
-    first = max(sequence.prompt_length, 1)
-    columns = torch.arange(column + first - 1, column + len(sequence.ids) - 1)
-    return torch.stack([torch.full_like(columns, row), columns], dim=1)
+    return torch.stack([torch.full_like(places, row), places + (column - 1)], dim=1)
+
+
+def _logprobs(sequence: TokenSequence, places: Tensor) -> Tensor:
+    """[t] fp32: behaviour log-probabilities at these places."""
+    if sequence.logprobs is None:
+        return torch.full((len(places),), float("nan"))
+    return torch.tensor(sequence.logprobs, dtype=torch.float32)[places - sequence.prompt_length]

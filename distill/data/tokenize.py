@@ -5,7 +5,7 @@ its own text and one end token. Prompt and response are encoded apart, so that t
 ids it will see when it generates: the boundary never depends on what follows it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -17,11 +17,49 @@ OnLong = Literal["error", "truncate", "skip"]
 
 @dataclass(frozen=True, slots=True)
 class TokenSequence:
-    """Token ids of a prompt and its response; ``ids[prompt_length:]`` is what a loss looks at."""
+    """Token ids of a prompt and its response, and what is known of how the response came about.
+
+    Attributes:
+        supervised: which response tokens a loss looks at, one flag each; None: all of ``ids[prompt_length:]``.
+        logprobs: of each response token when a model wrote it (nats, temperature 1); None for text from elsewhere.
+        sample: global sample number.
+        correct: a verifier's verdict of a text written for this step (1 or 0); None: not judged.
+        teacher_prompt: prompt ids that the teacher sees before the same response; None: the same prompt.
+        notes: figures of how the text was made, averaged over the step's sequences that have them (metric ``sample/NAME``).
+    """
 
     ids: list[int]
     prompt_length: int
     example_id: str
+    supervised: list[bool] | None = None
+    logprobs: list[float] | None = None
+    sample: int = 0
+    correct: float | None = None
+    teacher_prompt: list[int] | None = None
+    notes: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        count = len(self.ids) - self.prompt_length
+        for name, values in (("supervised", self.supervised), ("logprobs", self.logprobs)):
+            if values is not None and len(values) != count:
+                raise ValueError(f"example {self.example_id}: {len(values)} {name} for {count} response tokens")
+
+    @property
+    def response_ids(self) -> list[int]:
+        return self.ids[self.prompt_length :]
+
+    def truncated(self, count: int) -> "TokenSequence":
+        """The same with the first ``count`` response tokens only."""
+        flags = None if self.supervised is None else self.supervised[:count]
+        logprobs = None if self.logprobs is None else self.logprobs[:count]
+        return replace(self, ids=self.ids[: self.prompt_length + count], supervised=flags, logprobs=logprobs)
+
+    def before_teacher(self) -> "TokenSequence":
+        """As the teacher sees it: its own prompt, where it has one, before the same response."""
+        if self.teacher_prompt is None:
+            return self
+        ids = [*self.teacher_prompt, *self.response_ids]
+        return replace(self, ids=ids, prompt_length=len(self.teacher_prompt), teacher_prompt=None)
 
 
 class TooLong(ValueError):

@@ -10,15 +10,42 @@ from typing import Any
 
 from distill.config import build, nearest
 from distill.errors import ConfigError
+from distill.methods.ace import Ace
+from distill.methods.akl import Akl
 from distill.methods.base import DivergenceSpec, Method, Source, Targets, TokenLosses
+from distill.methods.essence import Essence
 from distill.methods.gkd import Gkd
+from distill.methods.gopd import Gopd
+from distill.methods.grpo import Grpo
+from distill.methods.hpd import Hpd
+from distill.methods.motab import Motab
 from distill.methods.off_policy import OffPolicy
 from distill.methods.on_policy import OnPolicy
+from distill.methods.opsdc import Opsdc
+from distill.methods.paced import Paced
+from distill.methods.seqkd import SeqKd
 from distill.methods.sft import Sft
+from distill.methods.skd import Skd
 
 __all__ = ["METHODS", "DivergenceSpec", "Method", "Source", "Targets", "TokenLosses", "build_method"]
 
-METHODS: dict[str, type[Method]] = {"sft": Sft, "off_policy": OffPolicy, "on_policy": OnPolicy, "gkd": Gkd}
+METHODS: dict[str, type[Method]] = {
+    "sft": Sft,
+    "seqkd": SeqKd,
+    "off_policy": OffPolicy,
+    "akl": Akl,
+    "on_policy": OnPolicy,
+    "gkd": Gkd,
+    "hpd": Hpd,
+    "gopd": Gopd,
+    "paced": Paced,
+    "essence": Essence,
+    "opsdc": Opsdc,
+    "grpo": Grpo,
+    "ace": Ace,
+    "motab": Motab,
+    "skd": Skd,
+}
 
 
 def build_method(values: Mapping[str, Any]) -> Method:

@@ -1,20 +1,30 @@
-"""What a distillation method decides: which text each sample is trained on, and the loss of every token.
+"""What a distillation method decides: which text each sample is trained on, what counts in it, and the loss of every token.
 
-A method sees one micro-batch as flat supervised positions (``Targets``) and returns an unreduced loss. Masks, the token
-count and its normalisation over the global batch belong to the trainer, so no method can get them wrong differently.
+A method sees one micro-batch as flat supervised positions (``Targets``) and returns an unreduced loss. Masks, the sum over
+tokens and its normalisation over the global batch (``distill.aggregation``) belong to the trainer, so no method can get them
+wrong differently. All hooks but ``source`` and ``token_losses`` have a default that leaves things as they are:
+
+    source → (text is made) → supervise → teacher_view → weigh → token_losses
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from distill.config import in_range, one_of
+from distill.config import RunConfig, in_range, one_of
+from distill.data.example import Example
+from distill.data.tokenize import TokenSequence
 from distill.kernels import divergence
+
+if TYPE_CHECKING:
+    from distill.rollouts.rollout import Trajectory
 
 KINDS = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "alpha", "tvd")
 
@@ -25,15 +35,25 @@ class Source(Enum):
     REFERENCE = "reference"
     TEACHER = "teacher"
     STUDENT = "student"
+    MONITORED = "monitored"  # written by the student under a teacher that may take over (``Method.writer``)
 
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """Supervised positions of one micro-batch. T positions, V shared vocabulary."""
+    """Supervised positions of one micro-batch. T positions, V shared vocabulary.
+
+    The trainer fills every field that the method asked for; those it did not ask for are None.
+    """
 
     student_logits: Tensor  # [T, V_s], with gradient
-    teacher_logits: Tensor | None  # [T, V_t]
+    teacher_logits: Tensor | None  # [T, V_t]; where "teacher" is in ``Method.needs``
     token_ids: Tensor  # [T] the token that follows
+    reference_logits: Tensor | None = None  # [T, V_r]; where "reference" is in ``Method.needs``
+    sequence_index: Tensor | None = None  # [T] int64: which sequence of the micro-batch (whole sequences, never split)
+    advantages: Tensor | None = None  # [T] fp32: the ``Weight.advantage`` of the token's sequence
+    behaviour_logprobs: Tensor | None = None  # [T] fp32: log-probability when it was written; NaN in text that was not
+    draws: Tensor | None = None  # [T] fp32 uniform in [0, 1), the same in any layout; where ``Method.draws``
+    progress: float = 0.0  # optimizer steps done / all steps of the run, in [0, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +62,61 @@ class TokenLosses:
 
     loss: Tensor  # [T] fp32
     stats: dict[str, Tensor] = field(default_factory=dict)  # name -> [T] fp32, no gradient
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceFacts:
+    """What every rank knows of one sequence of the global batch before the losses are computed."""
+
+    sample: int  # global sample number
+    group: int  # global prompt number: the ``samples_per_prompt`` sequences of one prompt share it
+    source: Source
+    tokens: int  # supervised tokens; may be 0
+    length: int  # tokens of the response
+    correct: float | None = None  # the verifier's verdict of a text that was written for this step; None: not judged
+    probed: float | None = None  # share of correct answers among ``probe_rollouts``; None without them
+    words: int = 0  # epistemic words in a text that the student wrote
+    notes: dict[str, float] = field(default_factory=dict)  # ``TokenSequence.notes``
+
+
+@dataclass(frozen=True, slots=True)
+class BatchFacts:
+    """The global batch of one step: all ranks, all micro-batches, in the order of the sample numbers."""
+
+    sequences: Sequence[SequenceFacts]
+    progress: float = 0.0
+
+    def groups(self) -> dict[int, list[int]]:
+        """group → positions in ``sequences``. Skipped samples are absent, so a group may be smaller than asked for."""
+        members: dict[int, list[int]] = {}
+        for position, sequence in enumerate(self.sequences):
+            members.setdefault(sequence.group, []).append(position)
+        return members
+
+    def pass_rates(self) -> list[float | None]:
+        """Per sequence: the probed share of correct answers; without probes the share in its group; None if not judged."""
+        rates: list[float | None] = [sequence.probed for sequence in self.sequences]
+        for members in self.groups().values():
+            judged = [c for c in (self.sequences[i].correct for i in members) if c is not None]
+            share = sum(judged) / len(judged) if judged else None
+            for i in members:
+                rates[i] = share if rates[i] is None else rates[i]
+        return rates
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """What a method makes of one sequence: ``weight`` scales its loss, ``advantage`` goes to ``Targets.advantages``."""
+
+    weight: float = 1.0
+    advantage: float = 1.0
+
+
+class Writer(Protocol):
+    """Makes the trajectories of ``Source.MONITORED`` samples."""
+
+    def generate(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> Sequence[Trajectory]:
+        """One trajectory per prompt, in order; each depends on its prompt, its seed and the weights only."""
 
 
 @dataclass(kw_only=True)
@@ -94,19 +169,49 @@ class TextSpec:
 
 
 class Method(ABC):
-    """A distillation method; ``Config`` is the dataclass behind its YAML in ``conf/method/``."""
+    """A distillation method; ``Config`` is the dataclass behind its YAML in ``conf/method/``.
+
+    The attributes may be set per class, or per instance where they follow from its options.
+    """
 
     Config: ClassVar[type[Any]]
-    needs_teacher: bool = True  # its loss reads the teacher's logits
+    needs: frozenset[str] = frozenset({"teacher"})  # of {"teacher", "reference"}: whose logits token_losses reads
+    samples_per_prompt: int = 1  # consecutive samples share a prompt
+    self_teacher: int | None = (
+        None  # the teacher is a frozen copy of the student, renewed every so many steps (0: never)
+    )
+    probe_rollouts: int = 0  # the student answers every prompt this often, before the step, to learn its pass rate
+    draws: bool = False  # token_losses reads ``Targets.draws``
 
     @abstractmethod
-    def source(self, sample: int, seed: int) -> Source:
-        """Whose text global sample number ``sample`` is trained on: a pure function, the same on any world size."""
+    def source(self, sample: int, seed: int, progress: float = 0.0) -> Source:
+        """Whose text global sample number ``sample`` is trained on: a pure function, the same on any world size.
 
-    @abstractmethod
-    def token_losses(self, targets: Targets) -> TokenLosses:
-        """The loss of every supervised position of a micro-batch (T may be 0)."""
+        ``progress`` is that of the step (see ``Targets``), for methods in stages.
+        """
 
     def uses(self) -> set[Source]:
         """All the sources this method can ask for."""
         return {self.source(0, 0)}
+
+    def writer(
+        self, student: PreTrainedModel, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: RunConfig
+    ) -> Writer:
+        """Who writes ``Source.MONITORED`` samples; asked for once, then used with the weights as they are at each call."""
+        raise NotImplementedError(f"{type(self).__name__} asks for monitored text but has no writer")
+
+    def supervise(self, sequence: TokenSequence, tokenizer: PreTrainedTokenizerBase) -> TokenSequence:
+        """Which tokens of a sequence count (``supervised``), or a shorter sequence. Its prompt must stay."""
+        return sequence
+
+    def teacher_view(self, example: Example) -> Example | None:
+        """The example whose prompt the teacher sees before the same response; None: the student's prompt."""
+        return None
+
+    def weigh(self, facts: BatchFacts) -> Sequence[Weight]:
+        """One weight per sequence of ``facts`` (the whole global batch), computed alike on every rank."""
+        return [Weight()] * len(facts.sequences)
+
+    @abstractmethod
+    def token_losses(self, targets: Targets) -> TokenLosses:
+        """The loss of every supervised position of a micro-batch (T may be 0)."""

@@ -32,7 +32,7 @@ class Gkd(Method):
     def __init__(self, config: GkdConfig) -> None:
         self.config = config
 
-    def source(self, sample: int, seed: int) -> Source:
+    def source(self, sample: int, seed: int, progress: float = 0.0) -> Source:
         share = mix(seed, sample) / 2**64
         return Source.STUDENT if share < self.config.lambda_ else Source(self.config.text)
 

@@ -23,7 +23,7 @@ class OffPolicy(Method):
     def __init__(self, config: OffPolicyConfig) -> None:
         self.config = config
 
-    def source(self, sample: int, seed: int) -> Source:
+    def source(self, sample: int, seed: int, progress: float = 0.0) -> Source:
         return Source(self.config.text)
 
     def token_losses(self, targets: Targets) -> TokenLosses:

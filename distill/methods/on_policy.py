@@ -23,7 +23,7 @@ class OnPolicy(Method):
     def __init__(self, config: OnPolicyConfig) -> None:
         self.config = config
 
-    def source(self, sample: int, seed: int) -> Source:
+    def source(self, sample: int, seed: int, progress: float = 0.0) -> Source:
         return Source.STUDENT
 
     def token_losses(self, targets: Targets) -> TokenLosses:

@@ -11,12 +11,12 @@ from distill.methods.base import Method, Source, Targets, TextSpec, TokenLosses
 
 class Sft(Method):
     Config = TextSpec
-    needs_teacher = False
+    needs: frozenset[str] = frozenset()
 
     def __init__(self, config: TextSpec) -> None:
         self.config = config
 
-    def source(self, sample: int, seed: int) -> Source:
+    def source(self, sample: int, seed: int, progress: float = 0.0) -> Source:
         return Source(self.config.text)
 
     def token_losses(self, targets: Targets) -> TokenLosses:

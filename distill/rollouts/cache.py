@@ -155,22 +155,24 @@ class KVCache:
             0, where
         )
 
-    def move(self, source: int, target: int) -> None:
-        """Copy a row onto another place, whose content is lost; the source keeps its own."""
-        length = self.lengths[target] = self.lengths[source]
-        for pair in self._buffers:
-            for buffer in pair or ():
-                buffer[target, :, :length] = buffer[source, :, :length]
+    def move(self, source: int | Ints, target: int | Ints) -> None:
+        """Copy rows onto other places, whose content is lost; the sources keep their own. One place each, or several pairs."""
+        self._copy(np.atleast_1d(source), np.atleast_1d(target))
 
-    def swap(self, one: int, other: int) -> None:
-        """Exchange two rows."""
-        length = int(max(self.lengths[one], self.lengths[other]))
-        self.lengths[[one, other]] = self.lengths[[other, one]]
+    def swap(self, one: int | Ints, other: int | Ints) -> None:
+        """Exchange rows: two, or several pairs at the cost of one call per buffer."""
+        ones, others = np.atleast_1d(one), np.atleast_1d(other)
+        self._copy(np.concatenate([others, ones]), np.concatenate([ones, others]))
+
+    def _copy(self, sources: Ints, targets: Ints) -> None:
+        """All sources are read before any target is written."""
+        length = int(self.lengths[sources].max())
+        self.lengths[targets] = self.lengths[sources]
         for pair in self._buffers:
             for buffer in pair or ():
-                kept = buffer[one, :, :length].clone()
-                buffer[one, :, :length] = buffer[other, :, :length]
-                buffer[other, :, :length] = kept
+                read, write = (torch.from_numpy(each).to(buffer.device) for each in (sources, targets))
+                used = buffer[:, :, :length]
+                used.index_copy_(0, write, used.index_select(0, read))
 
     def chunk(self, places: Ints, tokens: list[Ints], device: torch.device) -> Chunk:
         """Describe ``tokens[i]`` as the continuation of ``places[i]`` and make room for it (lengths do not change)."""

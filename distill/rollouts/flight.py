@@ -54,19 +54,21 @@ class Flight:
         """Rows in flight."""
         return len(self._order)
 
-    def add(self, rows: Sequence[int], seeds: Sequence[int]) -> None:
+    def add(self, rows: Sequence[int], seeds: Sequence[int], limits: Sequence[int] | None = None) -> None:
         """Let open rows join, each with its seed; a row gets ``max_new_tokens`` or what the context leaves.
 
-        Raises ``ValueError`` for a row that is empty or already fills the context.
+        ``limits`` (at least 1 each) replaces ``max_new_tokens`` row by row. Raises ``ValueError`` for a row that is empty or
+        already fills the context.
         """
         chosen = np.asarray(rows, dtype=np.int64)
+        most = self._params.max_new_tokens if limits is None else np.asarray(limits, dtype=np.int64)
         lengths, context = self._session.lengths(chosen), self._session.context
         for row, length in zip(rows, lengths):
             if not 1 <= length < context:
                 raise ValueError(f"row {row} holds {length} tokens; decoding needs 1 to {context - 1}")
         self._keys[chosen] = seed_keys(seeds)
         self._begin[chosen] = lengths
-        self._end[chosen] = np.minimum(lengths + self._params.max_new_tokens, context)
+        self._end[chosen] = np.minimum(lengths + most, context)
         self._session.prefill(rows)
         self._order = np.concatenate([self._order, chosen])
 

@@ -43,6 +43,17 @@ def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[i
     return ids | ({tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set())
 
 
+def open_shared(session: Session, prompts: Sequence[Sequence[int]]) -> list[int]:
+    """Open one row per prompt and prefill it; equal neighbours are computed once and copied."""
+    firsts = [i for i, prompt in enumerate(prompts) if i == 0 or prompt != prompts[i - 1]]
+    opened = session.open([prompts[i] for i in firsts])
+    session.prefill(opened)
+    rows: list[int] = []
+    for row, first, after in zip(opened, firsts, [*firsts[1:], len(prompts)]):
+        rows += [row, *session.fork(row, after - first - 1)]
+    return rows
+
+
 class Generator:
     """The built-in rollout engine for one model.
 
@@ -116,23 +127,12 @@ class Generator:
         while waiting or flight:
             if waiting and (not flight or session.free * _REFILL_SHARE >= session.slots):
                 entering = [waiting.pop() for _ in range(min(session.free, len(waiting)))]
-                rows = self._enter(session, [prompts[index] for index in entering])
+                rows = open_shared(session, [prompts[index] for index in entering])
                 flight.add(rows, [seeds[index] for index in entering])
                 owner.update(zip(rows, entering))
             for segment in flight.step():
                 session.close([segment.row])
                 yield owner.pop(segment.row), segment
-
-    @staticmethod
-    def _enter(session: Session, prompts: list[list[int]]) -> list[int]:
-        """Open one row per prompt; equal neighbours are computed once and copied."""
-        firsts = [i for i, prompt in enumerate(prompts) if i == 0 or prompt != prompts[i - 1]]
-        opened = session.open([prompts[i] for i in firsts])
-        session.prefill(opened)
-        rows: list[int] = []
-        for row, first, after in zip(opened, firsts, [*firsts[1:], len(prompts)]):
-            rows += [row, *session.fork(row, after - first - 1)]
-        return rows
 
     def _matched(self, stop: tuple[str, ...]) -> StopMatcher | None:
         """The matcher for these stop strings; kept from call to call, as it has read the whole vocabulary."""

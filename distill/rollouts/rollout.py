@@ -1,6 +1,6 @@
 """What a rollout engine returns for one prompt."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 Finish = Literal["eos", "stop", "length"]
@@ -28,3 +28,25 @@ class Rollout:
     logprobs: list[float]
     finish: Finish
     stop_string: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectory:
+    """A response that the student and a teacher wrote together.
+
+    Attributes:
+        ids: token ids of the response, whoever wrote them.
+        supervised: which of them a loss looks at, one flag each; None: all.
+        logprobs: the student's log-probability of each (nats, temperature 1); None where it was not computed.
+        finished: it ended by itself, not at a limit.
+        notes: figures of how it was made (``{"breach": 1.0}``), for the log. ``student_tokens`` and ``teacher_tokens`` say how
+            many tokens either model decoded for it, discarded ones included; without them all count as the student's text.
+        accepted_ids: the response without what was taken back, which is what a verifier judges; None: ``ids``.
+    """
+
+    ids: list[int]
+    supervised: list[bool] | None = None
+    logprobs: list[float] | None = None
+    finished: bool = True
+    notes: dict[str, float] = field(default_factory=dict)
+    accepted_ids: list[int] | None = None

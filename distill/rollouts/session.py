@@ -29,6 +29,8 @@ from distill.rollouts.lean import LeanForward
 
 _PREFILL_TOKENS = 8192
 """Padded tokens per prefill call: bounds activations and the [rows, width, extent] mask."""
+_RAGGED_TOKENS = 512
+"""Padded tokens up to which rows of any length share a call; beyond, attention over padding costs more than another call."""
 
 
 class Session:
@@ -184,15 +186,20 @@ class Session:
         wanted[rows] = True
         front = self._owner[:count]
         holes = [place for place in range(count) if front[place] < 0 or not wanted[front[place]]]
-        for row, hole in zip([row for row in rows if self._place[row] >= count], holes):
-            source, other = int(self._place[row]), int(self._owner[hole])
-            if other < 0:
-                self.cache.move(source, hole)
-            else:
-                self.cache.swap(source, hole)
-                self._place[other] = source
-            self._owner[source], self._owner[hole], self._place[row] = other, row, hole
+        if holes:
+            self._bring(rows[self._place[rows] >= count], np.array(holes))
         return self._owner[:count].copy()
+
+    def _bring(self, rows: Ints, holes: Ints) -> None:
+        """Give these rows the places ``holes``; rows that are there get theirs in exchange."""
+        sources, others = self._place[rows], self._owner[holes]
+        taken = others >= 0
+        if not taken.all():
+            self.cache.move(sources[~taken], holes[~taken])
+        if taken.any():
+            self.cache.swap(sources[taken], holes[taken])
+            self._place[others[taken]] = sources[taken]
+        self._owner[sources], self._owner[holes], self._place[rows] = others, rows, holes
 
     def arranged(self, order: Ints) -> bool:
         """Whether these rows are at places 0, 1, … in this order."""
@@ -269,11 +276,16 @@ class Session:
             if count > width:
                 todo.append((1, count - width, start + width, row))
             else:
-                while todo and todo[-1][0] == past and (len(batch) + 1) * width <= _PREFILL_TOKENS:
+                while todo and todo[-1][0] == past and (len(batch) + 1) * width <= _most(width, todo[-1][1]):
                     _, count, start, row = todo.pop()
                     batch.append((row, start, count))
             batch.sort(key=lambda item: self._place[item[0]])
             yield np.array([item[0] for item in batch]), [self._tokens[r, s : s + c] for r, s, c in batch]
+
+
+def _most(width: int, count: int) -> int:
+    """Padded tokens that a call of rows of ``width`` may have with a row of ``count`` tokens in it."""
+    return _PREFILL_TOKENS if 2 * count >= width else _RAGGED_TOKENS
 
 
 def resolve_context(model: PreTrainedModel, wanted: int | None) -> int:

@@ -64,7 +64,8 @@ class StopMatcher:
 
         Call it for every token that `suspects`; earlier tokens are taken to have been checked.
         """
-        if not self._in_tail(response):
+        # A short response is its own window.
+        if len(response) > self._longest + 2 * _MARGIN and not self._in_tail(response):
             return None
         text = self._decode(response)
         found = [(text.find(stop), stop) for stop in self.stop if stop in text]

@@ -17,7 +17,7 @@ from ncclx_py.runtime.fabric import Fabric
 from ncclx_py.runtime.signature import Signature
 from ncclx_py.runtime.window import ASLEEP
 
-_SPIN = 150e-6  # seconds of yielding before the first sleep: on a busy processor one yield may take longer than that
+_SPIN = 300e-6  # seconds of yielding before the first sleep: on a busy processor one yield may take longer than that
 _REMOTE_SPIN = 30e-6  # where a socket may be what wakes us
 _SHORTEST, _LONGEST = 50e-6, 1e-3  # seconds asleep
 _SHARE = 8  # a sleep is this fraction of the time waited so far

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -120,16 +121,37 @@ def test_killed_jobs_continue_to_the_same_losses(base_overrides: list[str], tmp_
         ["method=sft", "engine.optimizer=muon", "model.lora.enabled=true", "model.lora.dropout=0.1"],
         ["method=off_policy", "engine.dtype=bfloat16"],
         ["method=on_policy", "engine.zero_stage=3", "engine.dtype=bfloat16"],
+        [
+            "method=opsdc",
+            "method.refresh=5",
+            "method.template='1+{prompt}'",
+            "monitor.length_growth=1",
+            "monitor.baseline_steps=2",
+        ],
+        ["method=ace", "method.group=8", "method.kl=0.1", "engine.zero_stage=3", "train.aggregation.kind=delta_l"],
     ],
-    ids=["lora-muon", "bf16", "bf16-zero3"],
+    ids=["lora-muon", "bf16", "bf16-zero3", "self-teacher", "reference-zero3"],
 )
 def test_every_kind_of_state_comes_back(
     options: list[str], base_overrides: list[str], two_ranks: RankPool, tmp_path: Path
 ) -> None:
-    """Adapters and dropout, fp32 masters, shards: one kill each."""
+    """Adapters and dropout, fp32 masters, shards, a renewed and an initial copy of the student, alarms: one kill each."""
     whole, broken, log = tmp_path / "whole", tmp_path / "broken", tmp_path / "log"
     common = [*base_overrides, *options, *SCHEDULE]
     two_ranks.run(run_here, [*common, f"run.dir={whole}"])
     assert kill_after(5, [*common, f"run.dir={broken}"], broken, log)
     two_ranks.run(run_here, [*common, f"run.dir={broken}"])
     check_same(broken, whole)
+
+
+def test_killed_before_the_first_checkpoint(base_overrides: list[str], two_ranks: RankPool, tmp_path: Path) -> None:
+    """Nothing to continue from: the run begins anew, and step 0 stands in the metrics once."""
+    overrides = [*base_overrides, "method=sft", "eval.every=2", "eval.examples=4", f"run.dir={tmp_path}/run"]
+    two_ranks.run(run_here, overrides)
+    before = figures(tmp_path / "run")
+    for name in ("checkpoints", "final"):
+        shutil.rmtree(tmp_path / "run" / name)
+    (tmp_path / "run" / "summary.json").unlink()
+    two_ranks.run(run_here, overrides)
+    assert figures(tmp_path / "run") == before
+    assert [row["step"] for row in rows(tmp_path / "run")] == [0, 1, 2, 3, 4]

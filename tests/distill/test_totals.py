@@ -17,7 +17,7 @@ def test_sums_over_micro_batches_and_names_of_bad_samples() -> None:
     for name, values in (("a", [1.0, 2.0]), ("b", [float("nan"), 4.0])):
         batch = collate([TokenSequence([3, 4, 5], 1, name)], 0, None)
         entropy = torch.tensor([0.5, float("-inf")])
-        totals.add(TokenLosses(torch.tensor(values), {"entropy": entropy}), batch)
+        totals.add(TokenLosses(torch.tensor(values), {"entropy": entropy}), torch.tensor([1.0, 0.5]), batch)
     loss, bad, entropy_sum = totals.values()
     assert loss != loss
     assert (bad, entropy_sum, totals.tokens, totals.names) == (1.0, 1.0, 4, ["entropy"])

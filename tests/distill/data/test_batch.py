@@ -35,6 +35,36 @@ def test_targets_by_definition(pack_length):
     assert batch.target_index.dtype == batch.target_ids.dtype == batch.input_ids.dtype == torch.int64
 
 
+@pytest.mark.parametrize("pack_length", [None, 9])
+def test_masked_tokens_are_no_targets(pack_length):
+    """Every mask of a few short sequences, the empty one and one without a prompt included."""
+    masks = [[i >> bit & 1 == 1 for bit in range(3)] for i in range(8)]
+    sequences = [
+        TokenSequence([10 * i + k for k in range(prompt + 3)], prompt, f"e{i}-{prompt}", mask, [-1.0, -2.0, -3.0])
+        for i, mask in enumerate(masks)
+        for prompt in (0, 1, 2)
+    ]
+    batch = collate(sequences, 7, pack_length)
+    expected = [
+        (i, s.ids[k], -1.0 - (k - s.prompt_length))
+        for i, s in enumerate(sequences)
+        for k in range(max(s.prompt_length, 1), len(s.ids))
+        if s.supervised[k - s.prompt_length]
+    ]
+    found = zip(batch.sequence_index.tolist(), batch.target_ids.tolist(), batch.behaviour_logprobs.tolist())
+    assert list(found) == expected
+    rows, columns = batch.target_index.unbind(1)
+    assert batch.input_ids[rows, columns + 1].tolist() == batch.target_ids.tolist()
+
+
+def test_text_that_no_model_wrote_has_no_behaviour_logprobs():
+    sequences = [*sequences_of((3, 1)), TokenSequence([1, 2], 1, "x", None, [-0.5])]
+    logprobs = collate(sequences, 7, None).behaviour_logprobs
+    assert logprobs[:2].isnan().all()
+    assert logprobs[2:].tolist() == [-0.5]
+    assert logprobs.dtype == torch.float32
+
+
 def test_padded_layout():
     batch = collate(sequences_of((3, 1), (1, 0)), 7, None)
     assert batch.input_ids.tolist() == [[100, 101, 102], [103, 7, 7]]

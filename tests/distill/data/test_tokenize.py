@@ -5,6 +5,7 @@ import pytest
 from distill.data import (
     CannotEncode,
     Example,
+    TokenSequence,
     TooLong,
     bpe_tokenizer,
     char_tokenizer,
@@ -114,3 +115,17 @@ def test_skipping_counts(tokenizer):
     assert [(e.length, e.limit) for e in skipped] == [(11, 10)]
     with pytest.raises(TooLong):
         encode_examples(tokenizer, examples, 10, "error")
+
+
+def test_a_sequence_keeps_its_columns_in_step():
+    sequence = TokenSequence([1, 2, 3, 4, 5], 2, "a", [True, False, True], [-1.0, -2.0, -3.0], teacher_prompt=[9])
+    cut = sequence.truncated(2)
+    assert (cut.ids, cut.supervised, cut.logprobs) == ([1, 2, 3, 4], [True, False], [-1.0, -2.0])
+    assert TokenSequence([1, 2, 3], 1, "a").truncated(9).ids == [1, 2, 3]
+    seen = sequence.before_teacher()
+    assert (seen.ids, seen.prompt_length, seen.supervised) == ([9, 3, 4, 5], 1, [True, False, True])
+    assert seen.before_teacher() is seen
+    with pytest.raises(ValueError, match="example a: 2 supervised for 3 response tokens"):
+        TokenSequence([1, 2, 3, 4, 5], 2, "a", [True, False])
+    with pytest.raises(ValueError, match="example a: 1 logprobs for 3 response tokens"):
+        TokenSequence([1, 2, 3, 4, 5], 2, "a", None, [-1.0])

@@ -58,3 +58,36 @@ def test_too_small_a_vocabulary_is_refused(capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(SystemExit):
         bench.main(["--vocabulary", "100"])
     assert "--vocabulary must be at least 258" in capsys.readouterr().err
+
+
+def test_monitored_rollouts_beside_their_unavoidable_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    from distill.rollouts import bench_monitored
+
+    small = [
+        "--repeats",
+        "1",
+        "--slots",
+        "4",
+        "--prompts",
+        "10",
+        "--shortest",
+        "4",
+        "--longest",
+        "40",
+        "--vocabulary",
+        "64",
+    ]
+    sizes = ["--hidden", "32", "--layers", "1", "--teacher-hidden", "32", "--teacher-layers", "1", "--skips", "12"]
+    threads = torch.get_num_threads()
+    try:
+        strict, lenient = bench_monitored.main([*small, *sizes, "--json", str(tmp_path / "out.json")])
+    finally:
+        torch.set_num_threads(threads)
+    assert 0.0 < strict.breach_rate < 1.0
+    assert strict.teacher_tokens > 0
+    assert (lenient.breach_rate, lenient.teacher_tokens) == (0.0, 0)
+    assert lenient.student_tokens == sum(4 + round(i * 36 / 9) for i in range(10))  # the countdowns, to their end
+    assert strict.scenario in capsys.readouterr().out
+    assert json.loads((tmp_path / "out.json").read_text())["results"][0]["ratio"] == strict.ratio
