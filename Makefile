@@ -29,6 +29,7 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy launch/*.py kernels/*.py
 	$(BIN)/python -m distill.kernels.aot
 
 # What BENCHMARKS.md reports and this machine can measure (about 20 minutes on 2 cores); results go to outputs/bench.

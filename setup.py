@@ -14,6 +14,7 @@ PACKAGE_FOLDERS = {
     "ncclx_py.plans": "ncclx_py/plans",
     "ncclx_py.plans.algorithms": "ncclx_py/plans/algorithms",
     "ncclx_py.runtime": "ncclx_py/runtime",
+    "ncclx_py.transport": "ncclx_py/transport",
     "ncclx_py.launch": "launch",
     "distill": "distill",
     "distill.data": "distill/data",

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ncclx_py.runtime.errors import CollectiveError, CollectiveTimeout
+from ncclx_py.errors import CollectiveError, CollectiveTimeout
 from ncclx_py.runtime.registration import group_of, register
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ncclx_py.plans.spec import Facts
-from ncclx_py.runtime.identity import rail_names
+from ncclx_py.transport.identity import rail_names
 
 _NET = Path("/sys/class/net")
 _PCI = Path("/sys/bus/pci/devices")

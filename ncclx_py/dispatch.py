@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ncclx_py.plans.topology import Topology
-from ncclx_py.runtime.identity import host_id
+from ncclx_py.transport.identity import host_id
 
 
 @dataclass(slots=True)

@@ -26,9 +26,9 @@ import torch.distributed as dist
 from ncclx_py.plans.algorithms.layout import owner
 from ncclx_py.plans.plan import Program, RankPlan, Span
 from ncclx_py.plans.topology import DEFAULT_INTER, DEFAULT_INTRA, Link, Topology
-from ncclx_py.runtime.executor import Executor
-from ncclx_py.runtime.fabric import Fabric
-from ncclx_py.runtime.signature import Signature
+from ncclx_py.transport.executor import Executor
+from ncclx_py.transport.fabric import Fabric
+from ncclx_py.transport.signature import Signature
 
 Pairs = Mapping[int, int]  # the receiver of each sender
 _PINGS = 50  # round trips in a plan

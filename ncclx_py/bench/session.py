@@ -29,7 +29,7 @@ from ncclx_py.bench.timing import measure, synchronize
 from ncclx_py.plans.problems import payload
 from ncclx_py.plans.spec import topology_for
 from ncclx_py.plans.topology import Topology
-from ncclx_py.runtime.identity import addresses, host_id, rail_names
+from ncclx_py.transport.identity import addresses, host_id, rail_names
 
 _TCP_REPEATS = 3
 

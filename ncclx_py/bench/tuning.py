@@ -22,13 +22,13 @@ import torch.distributed as dist
 from ncclx_py.bench.cases import Case
 from ncclx_py.bench.settings import Settings
 from ncclx_py.bench.timing import measure
+from ncclx_py.errors import CollectiveError
 from ncclx_py.plans.plan import Problem
 from ncclx_py.plans.spec import topology_for
 from ncclx_py.plans.table import Row, signature
 from ncclx_py.plans.topology import Topology
 from ncclx_py.plans.tuner import Candidate, Tuner
-from ncclx_py.runtime.errors import CollectiveError
-from ncclx_py.runtime.identity import host_id, rail_names
+from ncclx_py.transport.identity import host_id, rail_names
 
 _READ_BY_GROUPS = ("NCCLX_ALGO", "NCCLX_RULES", "NCCLX_TABLE", "NCCLX_PLAN", "NCCLX_DETERMINISTIC")
 _FAILED = 1e9  # seconds, in the row of an algorithm that did not get to an end

@@ -15,7 +15,7 @@ from ncclx_py.device_facts import host_facts
 from ncclx_py.environment import Launch, read_launch
 from ncclx_py.plans.spec import VARIABLE, resolve
 from ncclx_py.plans.spec_file import read_spec
-from ncclx_py.runtime.identity import rail_names
+from ncclx_py.transport.identity import rail_names
 from ncclx_py.units import format_bandwidth, format_time
 
 NAME = "info"

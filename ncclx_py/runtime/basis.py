@@ -13,6 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from ncclx_py.errors import CollectiveError
 from ncclx_py.plans.errors import PlanError
 from ncclx_py.plans.files import plan_from_json
 from ncclx_py.plans.plan import Plan
@@ -21,7 +22,6 @@ from ncclx_py.plans.spec_file import read_spec
 from ncclx_py.plans.topology import Topology
 from ncclx_py.plans.tuner import Tuner
 from ncclx_py.plans.verify import verify
-from ncclx_py.runtime.errors import CollectiveError
 from ncclx_py.runtime.settings import Settings, differences, read_settings, shared_part
 
 

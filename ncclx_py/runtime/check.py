@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ncclx_py.runtime.errors import Call
+from ncclx_py.errors import Call
 
 
 def one(call: Call, tensors: Sequence[Tensor], name: str = "tensors") -> Tensor:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ncclx_py.errors import CollectiveError
 from ncclx_py.plans.algorithms.registry import build, build_rank
 from ncclx_py.plans.aliasing import survives
 from ncclx_py.plans.errors import PlanError
@@ -28,9 +29,8 @@ from ncclx_py.plans.tuner import Choice
 from ncclx_py.plans.verify import verify
 from ncclx_py.runtime.basis import Basis, Membership
 from ncclx_py.runtime.choices import Decision, Decisions
-from ncclx_py.runtime.errors import CollectiveError
 from ncclx_py.runtime.progress import Job
-from ncclx_py.runtime.signature import Signature
+from ncclx_py.transport.signature import Signature
 
 SLICE = 32 << 20  # bytes
 _CACHED = 256  # plans per group; the one unused for longest goes first

@@ -17,10 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import profiler
 
+from ncclx_py.errors import UNSET_TIMEOUT, Call, CollectiveError, FirstFailure
 from ncclx_py.runtime.basis import Membership
 from ncclx_py.runtime.choices import Decision
 from ncclx_py.runtime.devices import Devices, device_types
-from ncclx_py.runtime.errors import UNSET_TIMEOUT, Call, CollectiveError, FirstFailure
 from ncclx_py.runtime.gloo import GlooBackend
 from ncclx_py.runtime.local import LocalBackend, guarded
 from ncclx_py.runtime.work import CollectiveWork

@@ -27,8 +27,8 @@ from torch.distributed.distributed_c10d import (
     ScatterOptions,
 )
 
+from ncclx_py.errors import Call, failure
 from ncclx_py.runtime.choices import Decision
-from ncclx_py.runtime.errors import Call, failure
 from ncclx_py.runtime.reduction import Recipe
 from ncclx_py.runtime.staging import Staging
 from ncclx_py.runtime.work import CollectiveWork

@@ -29,6 +29,7 @@ from torch.distributed import ReduceOp
 from torch.distributed.distributed_c10d import AllgatherOptions, AllreduceOptions, ReduceScatterOptions
 from torch.futures import Future
 
+from ncclx_py.errors import CollectiveError
 from ncclx_py.plans.algorithms.native import NATIVE, build_native, build_native_rank, unsuitable
 from ncclx_py.plans.errors import PlanError
 from ncclx_py.plans.plan import INTER, Problem, RankPlan, Span, Step
@@ -38,9 +39,8 @@ from ncclx_py.plans.verify import verify
 from ncclx_py.runtime.basis import Basis, Membership, agree, exchange
 from ncclx_py.runtime.choices import Decision, Decisions
 from ncclx_py.runtime.engine import separate, structure
-from ncclx_py.runtime.errors import CollectiveError
-from ncclx_py.runtime.identity import host_id, rail_names
 from ncclx_py.runtime.reduction import kind
+from ncclx_py.transport.identity import host_id, rail_names
 
 Matrix = tuple[tuple[int, ...], ...]
 Connect = Callable[[str, tuple[int, ...]], Any]

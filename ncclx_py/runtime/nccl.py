@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ncclx_py.errors import Call
 from ncclx_py.runtime.basis import Membership
 from ncclx_py.runtime.choices import Decision
-from ncclx_py.runtime.errors import Call
 from ncclx_py.runtime.local import Launch, LocalBackend, guarded
 from ncclx_py.runtime.native_plans import NativePlans
 from ncclx_py.runtime.reduction import Recipe, nccl_recipe

@@ -16,15 +16,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ncclx_py.errors import CollectiveError
 from ncclx_py.plans.plan import Problem
 from ncclx_py.runtime.basis import Membership, agree
 from ncclx_py.runtime.choices import Decision
 from ncclx_py.runtime.engine import Engine, Request
-from ncclx_py.runtime.errors import CollectiveError
-from ncclx_py.runtime.executor import Executor
-from ncclx_py.runtime.fabric import Fabric
 from ncclx_py.runtime.progress import Job, Progress
 from ncclx_py.runtime.reduction import kind
+from ncclx_py.transport.executor import Executor
+from ncclx_py.transport.fabric import Fabric
 
 _GRACE = 10.0  # seconds that an aborted collective gets to notice
 

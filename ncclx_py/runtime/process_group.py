@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ReduceOp
 
+from ncclx_py.errors import Call
 from ncclx_py.runtime import check
-from ncclx_py.runtime.errors import Call
 from ncclx_py.runtime.group_base import GroupBase
 from ncclx_py.runtime.local import LocalBackend
 from ncclx_py.runtime.work import CollectiveWork

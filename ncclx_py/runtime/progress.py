@@ -24,7 +24,7 @@ from typing import Any
 
 from torch.futures import Future
 
-from ncclx_py.runtime.errors import Call, CollectiveError
+from ncclx_py.errors import Call, CollectiveError
 
 
 class Job:

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch.futures import Future
 
-from ncclx_py.runtime.errors import Call, failure, overdue
+from ncclx_py.errors import Call, failure, overdue
 from ncclx_py.runtime.pending import Pending
 from ncclx_py.runtime.progress import Job
 

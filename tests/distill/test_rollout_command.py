@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import resource
@@ -44,7 +46,8 @@ def made(me: Rank, overrides: list[str], file_size_limit: int | None = None) -> 
     if file_size_limit is not None and me.rank == 0:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size_limit, before[1]))
     try:
-        return rollout(*load_rollout_config(overrides))
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):  # files here, too
+            return rollout(*load_rollout_config(overrides))
     except DistillError as error:
         return str(error)
     finally:

@@ -12,8 +12,8 @@ from harness import load
 from torch import Tensor
 
 import ncclx_py
+from ncclx_py.errors import Call, CollectiveError, CollectiveTimeout, failure
 from ncclx_py.runtime.basis import Membership
-from ncclx_py.runtime.errors import Call, CollectiveError, CollectiveTimeout, failure
 from ncclx_py.runtime.reduction import Recipe, gloo_recipe, nccl_recipe
 from ncclx_py.runtime.registration import make_group
 from ncclx_py.runtime.staging import Staging

@@ -13,13 +13,13 @@ import torch.distributed as dist
 from harness import Rank, RankPool, load
 from torch.distributed.distributed_c10d import AllgatherOptions, AllToAllOptions
 
+from ncclx_py.errors import CollectiveError
 from ncclx_py.plans.algorithms import native
 from ncclx_py.plans.plan import Problem, Span
 from ncclx_py.plans.topology import Topology
 from ncclx_py.plans.tuner import Choice
 from ncclx_py.plans.verify import verify
 from ncclx_py.runtime.basis import Basis, Membership
-from ncclx_py.runtime.errors import CollectiveError
 from ncclx_py.runtime.native_plans import NativePlans, two_levels
 from ncclx_py.runtime.settings import Settings
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.futures import Future
 
-from ncclx_py.runtime.errors import Call, CollectiveError
+from ncclx_py.errors import Call, CollectiveError
 from ncclx_py.runtime.nccl import NcclBackend
 
 pytestmark = pytest.mark.unit

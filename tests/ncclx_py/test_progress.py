@@ -11,7 +11,7 @@ from datetime import timedelta
 import pytest
 import torch
 
-from ncclx_py.runtime.errors import Call, CollectiveError
+from ncclx_py.errors import Call, CollectiveError
 from ncclx_py.runtime.progress import Job, Progress
 from ncclx_py.runtime.work import CollectiveWork
 

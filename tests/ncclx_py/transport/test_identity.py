@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ncclx_py.runtime.identity import Card, addresses, host_id, host_numbers, machine_id, make_card, rail_names, reach
-from ncclx_py.runtime.signature import RECORD_BYTES, Signature, digest
+from ncclx_py.transport.identity import Card, addresses, host_id, host_numbers, machine_id, make_card, rail_names, reach
+from ncclx_py.transport.signature import RECORD_BYTES, Signature, digest
 
 pytestmark = pytest.mark.unit
 
@@ -68,6 +68,6 @@ def test_a_signature_says_what_was_called() -> None:
 
 
 def test_digests_are_equal_in_all_processes() -> None:
-    source = "from ncclx_py.runtime.signature import digest; print(digest(b'all_reduce'))"
+    source = "from ncclx_py.transport.signature import digest; print(digest(b'all_reduce'))"
     printed = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True).stdout
     assert int(printed) == digest(b"all_reduce")

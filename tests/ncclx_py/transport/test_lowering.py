@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from ncclx_py.plans.plan import Program, RankPlan, Span, Step
-from ncclx_py.runtime.local_operations import LocalReduce
-from ncclx_py.runtime.lowering import Schedule
+from ncclx_py.transport.local_operations import LocalReduce
+from ncclx_py.transport.lowering import Schedule
 
 pytestmark = pytest.mark.unit
 

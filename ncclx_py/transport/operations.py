@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ncclx_py.runtime.memory import Views
-from ncclx_py.runtime.tcp import HEADER, MAGIC, Network, Sender
+from ncclx_py.transport.memory import Views
+from ncclx_py.transport.tcp import HEADER, MAGIC, Network, Sender
 
 PENDING, DONE, STARTED = 0, 1, 2  # STARTED: a send whose source is still needed
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 import os
 from typing import NamedTuple
 
-from ncclx_py.runtime.channels import Outbox
-from ncclx_py.runtime.window import CALLS, PAGE, Window
+from ncclx_py.transport.channels import Outbox
+from ncclx_py.transport.window import CALLS, PAGE, Window
 
 _ALIGNMENT = 256
 _AHEAD = 4 << 20  # bytes that calls may hold in the window before a further one waits for them

@@ -22,17 +22,17 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, NamedTuple
 
+from ncclx_py.errors import CollectiveError
 from ncclx_py.plans.topology import Topology
-from ncclx_py.runtime import neighbours, tcp
-from ncclx_py.runtime.arena import Arena
-from ncclx_py.runtime.bells import Bell, heard
-from ncclx_py.runtime.channels import Inbox, Neighbour, Outbox
-from ncclx_py.runtime.errors import CollectiveError
-from ncclx_py.runtime.identity import Card, host_numbers, make_card
-from ncclx_py.runtime.neighbours import Household
-from ncclx_py.runtime.poller import READABLE, Poller
-from ncclx_py.runtime.segments import Segments
-from ncclx_py.runtime.tcp import Network
+from ncclx_py.transport import neighbours, tcp
+from ncclx_py.transport.arena import Arena
+from ncclx_py.transport.bells import Bell, heard
+from ncclx_py.transport.channels import Inbox, Neighbour, Outbox
+from ncclx_py.transport.identity import Card, host_numbers, make_card
+from ncclx_py.transport.neighbours import Household
+from ncclx_py.transport.poller import READABLE, Poller
+from ncclx_py.transport.segments import Segments
+from ncclx_py.transport.tcp import Network
 
 _GONE = "it exited, was killed or left the group"
 _living: weakref.WeakSet[Fabric] = weakref.WeakSet()

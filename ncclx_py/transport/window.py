@@ -21,8 +21,8 @@ import platform
 import threading
 from collections.abc import Callable
 
-from ncclx_py.runtime.memory import address_of
-from ncclx_py.runtime.signature import RECORD_BYTES
+from ncclx_py.transport.memory import address_of
+from ncclx_py.transport.signature import RECORD_BYTES
 
 LANES = 64
 CALLS = 64

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ncclx_py.runtime.memory import address_of
-from ncclx_py.runtime.window import PAGE, physical_memory
+from ncclx_py.transport.memory import address_of
+from ncclx_py.transport.window import PAGE, physical_memory
 
 _ALIGNMENT = 256  # bytes
 

@@ -11,12 +11,12 @@ import struct
 import time
 from collections.abc import Sequence
 
-from ncclx_py.runtime import arena as arenas
-from ncclx_py.runtime import window as windows
-from ncclx_py.runtime.arena import Arena
-from ncclx_py.runtime.channels import Neighbour
-from ncclx_py.runtime.identity import Card
-from ncclx_py.runtime.window import Window
+from ncclx_py.transport import arena as arenas
+from ncclx_py.transport import window as windows
+from ncclx_py.transport.arena import Arena
+from ncclx_py.transport.channels import Neighbour
+from ncclx_py.transport.identity import Card
+from ncclx_py.transport.window import Window
 
 _HELLO = struct.Struct("<32sI")  # the token of the rank that is called, and the rank that calls
 

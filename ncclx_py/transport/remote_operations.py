@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ncclx_py.runtime.memory import bytes_at
-from ncclx_py.runtime.operations import DONE, STARTED, Mismatch, Operation, Run, difference
-from ncclx_py.runtime.tcp import BOUNCE, Receiver, Sender
+from ncclx_py.transport.memory import bytes_at
+from ncclx_py.transport.operations import DONE, STARTED, Mismatch, Operation, Run, difference
+from ncclx_py.transport.tcp import BOUNCE, Receiver, Sender
 
 
 class RemoteSend(Operation):

@@ -13,12 +13,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ncclx_py.plans.plan import RankPlan, Span, Step
-from ncclx_py.runtime.channels import Outbox
-from ncclx_py.runtime.fabric import Fabric
-from ncclx_py.runtime.local_operations import LocalCombine, LocalCopy, LocalReceive, LocalReduce, LocalSend
-from ncclx_py.runtime.operations import Operation
-from ncclx_py.runtime.remote_operations import RemoteReceive, RemoteReduce, RemoteSend
-from ncclx_py.runtime.window import LANES
+from ncclx_py.transport.channels import Outbox
+from ncclx_py.transport.fabric import Fabric
+from ncclx_py.transport.local_operations import LocalCombine, LocalCopy, LocalReceive, LocalReduce, LocalSend
+from ncclx_py.transport.operations import Operation
+from ncclx_py.transport.remote_operations import RemoteReceive, RemoteReduce, RemoteSend
+from ncclx_py.transport.window import LANES
 
 BUFFERS = {"data": 0, "input": 1, "output": 2, "scratch": 3}
 SCRATCH = BUFFERS["scratch"]

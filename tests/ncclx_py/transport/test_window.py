@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from ncclx_py.runtime import arena as arenas
-from ncclx_py.runtime import window as windows
-from ncclx_py.runtime.arena import Arena
-from ncclx_py.runtime.bells import Bell, heard
-from ncclx_py.runtime.channels import IN_ARENA, Inbox, Neighbour, Outbox
-from ncclx_py.runtime.memory import bytes_at
-from ncclx_py.runtime.segments import Segments
-from ncclx_py.runtime.window import ASLEEP, CALLS, PAGE, RING, Window
+from ncclx_py.transport import arena as arenas
+from ncclx_py.transport import window as windows
+from ncclx_py.transport.arena import Arena
+from ncclx_py.transport.bells import Bell, heard
+from ncclx_py.transport.channels import IN_ARENA, Inbox, Neighbour, Outbox
+from ncclx_py.transport.memory import bytes_at
+from ncclx_py.transport.segments import Segments
+from ncclx_py.transport.window import ASLEEP, CALLS, PAGE, RING, Window
 
 pytestmark = pytest.mark.unit
 

@@ -16,17 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ncclx_py.errors import CollectiveError
 from ncclx_py.plans.plan import RankPlan
-from ncclx_py.runtime.channels import IN_ARENA
-from ncclx_py.runtime.errors import CollectiveError
-from ncclx_py.runtime.fabric import Fabric
-from ncclx_py.runtime.local_operations import LocalSend
-from ncclx_py.runtime.lowering import BUFFERS, SCRATCH, Program, Schedule
-from ncclx_py.runtime.memory import Views
-from ncclx_py.runtime.operations import DONE, STARTED, Mismatch, Operation, Run, combiner, widens
-from ncclx_py.runtime.signature import Signature, digest
-from ncclx_py.runtime.waiting import Waiting, aborted, failed
-from ncclx_py.runtime.window import ASLEEP
+from ncclx_py.transport.channels import IN_ARENA
+from ncclx_py.transport.fabric import Fabric
+from ncclx_py.transport.local_operations import LocalSend
+from ncclx_py.transport.lowering import BUFFERS, SCRATCH, Program, Schedule
+from ncclx_py.transport.memory import Views
+from ncclx_py.transport.operations import DONE, STARTED, Mismatch, Operation, Run, combiner, widens
+from ncclx_py.transport.signature import Signature, digest
+from ncclx_py.transport.waiting import Waiting, aborted, failed
+from ncclx_py.transport.window import ASLEEP
 
 _DIFFERENT = "Check that every rank of the group makes the same calls in the same order, with the same arguments."
 

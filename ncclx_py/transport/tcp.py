@@ -19,9 +19,9 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from ncclx_py.runtime.identity import Card, reach
-from ncclx_py.runtime.poller import READABLE, WRITABLE, Poller
-from ncclx_py.runtime.signature import RECORD_BYTES
+from ncclx_py.transport.identity import Card, reach
+from ncclx_py.transport.poller import READABLE, WRITABLE, Poller
+from ncclx_py.transport.signature import RECORD_BYTES
 
 HEADER = struct.Struct(f"<4sIQQ{RECORD_BYTES}s")  # magic, call, digest, length, text of the signature
 MAGIC = b"ncxm"

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import socket
 
-from ncclx_py.runtime.window import ASLEEP, Window
+from ncclx_py.transport.window import ASLEEP, Window
 
 
 class Bell:

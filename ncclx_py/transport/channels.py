@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections import deque
 from typing import NamedTuple
 
-from ncclx_py.runtime.arena import Arena
-from ncclx_py.runtime.bells import Bell
-from ncclx_py.runtime.window import RING, Window, block_word, fence
+from ncclx_py.transport.arena import Arena
+from ncclx_py.transport.bells import Bell
+from ncclx_py.transport.window import RING, Window, block_word, fence
 
 IN_ARENA = 1 << 62
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ncclx_py.runtime.channels import Inbox, Outbox
-from ncclx_py.runtime.memory import copy
-from ncclx_py.runtime.operations import DONE, STARTED, Mismatch, Operation, Run, difference
+from ncclx_py.transport.channels import Inbox, Outbox
+from ncclx_py.transport.memory import copy
+from ncclx_py.transport.operations import DONE, STARTED, Mismatch, Operation, Run, difference
 
 BLOCK = 256 * 1024  # bytes that are reduced from all neighbours before the next ones: they stay in the cache
 PATIENCE = 40  # idle rounds that a reduction waits for further neighbours before it starts with those that are there

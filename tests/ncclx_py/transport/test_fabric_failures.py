@@ -16,8 +16,8 @@ import pytest
 import torch
 from harness import Rank, RankPool, load
 
+from ncclx_py.errors import CollectiveError
 from ncclx_py.plans.plan import Problem, Program, Span
-from ncclx_py.runtime.errors import CollectiveError
 
 cases = load(Path(__file__).with_name("fabric_cases.py"), "fabric_cases")
 

@@ -12,10 +12,10 @@ import threading
 import time
 from collections.abc import Callable
 
-from ncclx_py.runtime.errors import CollectiveError, CollectiveTimeout
-from ncclx_py.runtime.fabric import Fabric
-from ncclx_py.runtime.signature import Signature
-from ncclx_py.runtime.window import ASLEEP
+from ncclx_py.errors import CollectiveError, CollectiveTimeout
+from ncclx_py.transport.fabric import Fabric
+from ncclx_py.transport.signature import Signature
+from ncclx_py.transport.window import ASLEEP
 
 _SPIN = 300e-6  # seconds of yielding before the first sleep: on a busy processor one yield may take longer than that
 _REMOTE_SPIN = 30e-6  # where a socket may be what wakes us

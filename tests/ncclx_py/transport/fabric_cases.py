@@ -24,9 +24,9 @@ from torch.distributed import ReduceOp
 
 from ncclx_py.plans.algorithms.registry import build_rank
 from ncclx_py.plans.plan import Problem, RankPlan
-from ncclx_py.runtime.executor import Executor
-from ncclx_py.runtime.fabric import Fabric
-from ncclx_py.runtime.signature import Signature
+from ncclx_py.transport.executor import Executor
+from ncclx_py.transport.fabric import Fabric
+from ncclx_py.transport.signature import Signature
 
 KINDS = {name: getattr(ReduceOp, name) for name in ("SUM", "PRODUCT", "MIN", "MAX", "BAND", "BOR", "BXOR")}
 _kept: dict[tuple[int, ...], Node] = {}
