@@ -17,9 +17,8 @@ from ncclx_py.transport.fabric import Fabric
 from ncclx_py.transport.signature import Signature
 from ncclx_py.transport.window import ASLEEP
 
-_SPIN = 300e-6  # seconds of yielding before the first sleep: on a busy processor one yield may take longer than that
-_REMOTE_SPIN = 30e-6  # where a socket may be what wakes us
-_SHORTEST, _LONGEST = 50e-6, 1e-3  # seconds asleep
+_SPIN = 20e-6  # seconds of yielding before the first sleep
+_SHORTEST, _LONGEST = 500e-6, 2e-3  # seconds asleep, where no bell and no socket wakes us
 _SHARE = 8  # a sleep is this fraction of the time waited so far
 _LOOK = 16  # sleeps between two looks at sockets that carry no data
 _GRACE = 0.1  # seconds for a reason to arrive from a peer that is gone, or from one that noticed first
@@ -43,7 +42,6 @@ class Waiting:
         self._remote = remote
         self._started = time.monotonic()
         self._since = 0.0
-        self._spin = _REMOTE_SPIN if remote else _SPIN
         self._sleeps = 0
 
     def pause(self, rounds: int, awaited: Awaited) -> None:
@@ -54,7 +52,7 @@ class Waiting:
         now = time.monotonic()
         if rounds == 1:
             self._since, self._sleeps = now, 0
-        if now - self._since < self._spin:
+        if now - self._since < _SPIN:
             os.sched_yield()
             return
         words = self._fabric.me.window.words
