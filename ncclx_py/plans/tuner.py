@@ -34,7 +34,7 @@ CHUNK = 2 << 20
 # What must be gained, by the model alone, over the best of the others. Balancing moves bytes twice more inside hosts; in a ring
 # every rank waits for every other one, so that their delays add up; in halving and doubling partners change from round to
 # round, and NICs that several ranks share were measured to idle meanwhile.
-WORTH = {"balanced": 0.9, "ring": 0.9, "halving_doubling": 0.9}
+WORTH = {"balanced": 0.9, "ring": 0.9, "halving_doubling": 0.9, "direct": 0.9}
 MOST_CHUNKS = 64
 _REMEMBERED = 4096  # choices
 _ORDERED = ("all_reduce", "reduce_scatter")
@@ -46,8 +46,9 @@ _PREFERENCE = {
     "broadcast": ("tree", "hierarchical", "chain"),
     "reduce": ("tree", "hierarchical"),
 }
-# With one rank per host, sending to everyone at once floods receivers: the rounds of the others come first.
-_PREFERENCE_FLAT = {"all_reduce": ("leader", "halving_doubling", "ring", "direct", "double_tree")}
+# With one rank per host, sending to everyone at once floods receivers, and halving and doubling was measured to lose up to
+# 1.2 times to rings, in chunks or whole: those come first.
+_PREFERENCE_FLAT = {"all_reduce": ("leader", "pipelined", "ring", "halving_doubling", "direct", "double_tree")}
 
 
 @dataclass(frozen=True)
@@ -205,9 +206,9 @@ class Tuner:
         return self._without_vain(found)
 
     def _without_vain(self, found: Sequence[Candidate]) -> list[Candidate]:
-        """Rules out what gains less than `WORTH`; of balancing only, where all links are alike."""
+        """Rules out what gains less than `WORTH`: where all links are alike, not rings, and elsewhere not `direct`."""
         flat = max(map(len, self.topology.hosts)) == 1
-        doubted = {name for name in WORTH if not flat or name == "balanced"}
+        doubted = WORTH.keys() - {"ring" if flat else "direct"}
         others = [one for one in found if one.algorithm not in doubted and not one.why_not]
         best = min(others, key=lambda one: one.predicted_s or 0.0, default=None)
         if best is None:
