@@ -32,11 +32,13 @@ check: setup
 	$(BIN)/mypy launch/*.py kernels/*.py
 	$(BIN)/python -m distill.kernels.aot
 
-# What BENCHMARKS.md reports and this machine can measure (about 20 minutes on 2 cores); results go to outputs/bench.
+# What BENCHMARKS.md reports and this machine can measure (about 25 minutes on 2 cores, as root for the emulated hosts); results go to outputs/bench.
 PEERS := .venv-peers/.installed
 bench: setup $(PEERS)
 	mkdir -p outputs/bench
+	$(BIN)/ncclx bench all_reduce all_to_all --emulate 2x4 --emulate 4x2 --rate 200mbit -b 4KiB -e 16MiB -f 16 --json outputs/bench/collectives.json --plot outputs/bench/collectives.png
 	$(BIN)/python -m distill.rollouts.bench --threads 1 --json outputs/bench/rollouts.json
+	$(BIN)/python -m distill.rollouts.bench_monitored --json outputs/bench/monitored.json
 	$(BIN)/python -m distill.bench --peer-python .venv-peers/bin/python --json outputs/bench/training.json
 	$(BIN)/python -m distill.kernels.bench --device cpu --what logits --tokens 256 --vocab 151936 --threads 1 --dtypes fp32 bf16
 

@@ -24,10 +24,13 @@ _PCIE_SHARE = {2.5: 8 / 10, 5.0: 8 / 10}  # of the line rate that is data; later
 _SECONDS = 10.0  # for nvidia-smi
 
 
-def host_facts(env: Mapping[str, str]) -> Facts:
-    """The facts of the host that this process runs on; the NICs are those of ``NCCLX_RAILS``, else of the default route."""
+def host_facts(env: Mapping[str, str], gpus: bool = True) -> Facts:
+    """The facts of the host that this process runs on; the NICs are those of ``NCCLX_RAILS``, else of the default route.
+
+    Without `gpus` the links between them are left out, for plans that move CPU memory.
+    """
     names = rail_names(env) or tuple(filter(None, [_default_interface()]))
-    return Facts(gpu_link(), tuple(nic_speed(name) for name in names), "devices")
+    return Facts(gpu_link() if gpus else None, tuple(nic_speed(name) for name in names), "devices")
 
 
 def nic_speed(name: str, root: Path = _NET) -> float | None:

@@ -13,11 +13,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from ncclx_py.device_facts import host_facts
 from ncclx_py.errors import CollectiveError
 from ncclx_py.plans.errors import PlanError
 from ncclx_py.plans.files import plan_from_json
 from ncclx_py.plans.plan import Plan
-from ncclx_py.plans.spec import resolve, topology_for
+from ncclx_py.plans.spec import Facts, resolve, topology_for
 from ncclx_py.plans.spec_file import read_spec
 from ncclx_py.plans.topology import Topology
 from ncclx_py.plans.tuner import Tuner
@@ -50,19 +51,28 @@ class Basis:
 
 
 def agree(
-    member: Membership, store: Any, timeout: timedelta, env: Mapping[str, str], host_of: Sequence[int], rails: int
+    member: Membership,
+    store: Any,
+    timeout: timedelta,
+    env: Mapping[str, str],
+    host_of: Sequence[int],
+    rails: int,
+    gpus: bool = False,
 ) -> Basis:
     """The basis of a group whose rank r is on host ``host_of[r]``; every rank must call it, with a store for this.
 
+    `gpus`: the plans are for GPU memory, so inside a host the links between GPUs count.
+
     Raises CollectiveError on every rank when a variable or a file is wrong on one of them, or differs between two.
     """
+    facts = host_reports(member, store, timeout, env, host_of, gpus)
     basis, part = None, {}
     try:
-        basis = _basis(member, env, host_of, rails)
+        basis = _basis(member, env, host_of, rails, facts)
         part = shared_part(basis.settings, basis.tuner.digest())
     except (ValueError, OSError) as error:
         part = {"error": str(error)}
-    parts = exchange(store, member, json.dumps(part), timeout, json.loads)
+    parts = exchange(store, "basis", member, json.dumps(part), timeout, json.loads)
     for rank, other in enumerate(parts):
         if "error" in other:
             raise CollectiveError(f"Group {member.group!r} cannot be made: rank {rank} reports: {other['error']}")
@@ -73,23 +83,44 @@ def agree(
     return basis
 
 
+def host_reports(
+    member: Membership, store: Any, timeout: timedelta, env: Mapping[str, str], host_of: Sequence[int], gpus: bool
+) -> dict[int, Facts]:
+    """What each host's devices can do, as its first rank reports; nothing is asked where there is one host."""
+    if len(set(host_of)) == 1:
+        return {}
+    mine = host_facts(env, gpus)
+    reports = exchange(store, "facts", member, json.dumps([mine.intra_bandwidth, mine.nics]), timeout, json.loads)
+    facts: dict[int, Facts] = {}
+    for host, (bandwidth, nics) in zip(host_of, reports):
+        facts.setdefault(host, Facts(bandwidth, tuple(nics), "devices"))
+    return facts
+
+
 def exchange(
-    store: Any, member: Membership, mine: str, timeout: timedelta, read: Callable[[bytes], Any] = bytes.decode
+    store: Any,
+    what: str,
+    member: Membership,
+    mine: str,
+    timeout: timedelta,
+    read: Callable[[bytes], Any] = bytes.decode,
 ) -> list[Any]:
-    """What each rank of the group has given, in order of rank."""
-    keys = [f"basis/{rank}" for rank in range(member.size)]
+    """What each rank of the group has given as `what`, in order of rank."""
+    keys = [f"{what}/{rank}" for rank in range(member.size)]
     store.set(keys[member.rank], mine)
     store.wait(keys, timeout)
     return [read(text) for text in store.multi_get(keys)]
 
 
-def group_topology(member: Membership, env: Mapping[str, str], host_of: Sequence[int], rails: int) -> Topology:
+def group_topology(
+    member: Membership, env: Mapping[str, str], host_of: Sequence[int], rails: int, facts: Mapping[int, Facts]
+) -> Topology:
     """The topology of a group. The file of ``NCCLX_TOPOLOGY`` speaks of all ranks of the program, so that of a smaller
     group is a part of it. Raises ValueError when the file contradicts where the ranks are."""
     spec = read_spec(env["NCCLX_TOPOLOGY"]) if env.get("NCCLX_TOPOLOGY") else None
     everyone = member.ranks == tuple(range(member.size))
     if spec is None or not spec.host_of or member.world or (everyone and len(spec.host_of) == member.size):
-        return topology_for(host_of, rails, env)
+        return topology_for(host_of, rails, env, facts)
     world = resolve((), 0, spec).topology
     if max(member.ranks) >= world.size:
         raise ValueError(
@@ -108,9 +139,11 @@ def group_topology(member: Membership, env: Mapping[str, str], host_of: Sequence
     return part
 
 
-def _basis(member: Membership, env: Mapping[str, str], host_of: Sequence[int], rails: int) -> Basis:
+def _basis(
+    member: Membership, env: Mapping[str, str], host_of: Sequence[int], rails: int, facts: Mapping[int, Facts]
+) -> Basis:
     settings = read_settings(env)
-    topology = group_topology(member, env, host_of, rails)
+    topology = group_topology(member, env, host_of, rails, facts)
     tuner = Tuner.from_environment(topology, {**env, "NCCLX_DETERMINISTIC": str(int(settings.deterministic))})
     return Basis(topology, tuner, settings, _outside(member, topology, settings.plan))
 

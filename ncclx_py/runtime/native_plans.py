@@ -362,11 +362,11 @@ def two_levels(
     """
     if member.size == 1:
         return None
-    hosts = exchange(dist.PrefixStore("hosts/", store), member, host_id(env), timeout)
+    hosts = exchange(dist.PrefixStore("hosts/", store), "host", member, host_id(env), timeout)
     if len(set(hosts)) == 1:
         return None
     numbers = list(dict.fromkeys(hosts))
     host_of = tuple(numbers.index(host) for host in hosts)
     rails = max(1, len(rail_names(env)))
-    basis = agree(member, dist.PrefixStore("plans/", store), timeout, env, host_of, rails)
+    basis = agree(member, dist.PrefixStore("plans/", store), timeout, env, host_of, rails, gpus=True)
     return NativePlans(flat, connect, counts, basis, member)
