@@ -276,7 +276,10 @@ def opened_and_closed(me: Rank, hosts: tuple[int, ...]) -> None:
         all_reduce(node)
         kept = node.fabric.arena.allocate((1000,), torch.float32)
         all_reduce(node)
-        if abort:
+        if abort:  # once all are through: an abort ends what others still run
+            done = me.store(f"through-{cases._ticket}")
+            done.set(str(me.rank), "")
+            done.wait([str(rank) for rank in range(len(hosts))])
             node.fabric.abort("enough")
         node.close()
         kept.fill_(3)  # the memory of a tensor lives as long as the tensor
