@@ -18,8 +18,8 @@ from collections.abc import Iterable
 from itertools import pairwise
 from typing import NamedTuple
 
-from ncclx_py.plans.algorithms.layout import INSIDE, between_lane, blocks, cut, offsets, rail_weights, split
-from ncclx_py.plans.algorithms.script import Script
+from ncclx_py.plans.algorithms.host_rounds import HostRounds
+from ncclx_py.plans.algorithms.layout import INSIDE, between_lane, cut, offsets, rail_weights, split
 from ncclx_py.plans.plan import Problem, RankPlan, Span
 from ncclx_py.plans.topology import Topology
 
@@ -121,37 +121,12 @@ class _Stream:
         return self.take(self.length)
 
 
-class _Balanced:
+class _Balanced(HostRounds):
     def __init__(self, problem: Problem, topology: Topology, rank: int, chunks: int) -> None:
-        self.script = Script(topology, rank)
-        self.problem, self.topology, self.rank, self.chunks = problem, topology, rank, chunks
-        self.host = topology.host_of[rank]
-        self.locals = topology.hosts[self.host]
-        self.inputs = blocks("input", problem.matrix[rank])
-        self.outputs = blocks("output", [row[rank] for row in problem.matrix])
+        super().__init__(problem, topology, rank)
+        self.chunks = chunks
 
-    def plan(self, window: int) -> RankPlan:
-        hosts = len(self.topology.hosts)
-        for turn in range(1, min(window + 1, hosts)):
-            self._send_flow((self.host + turn) % hosts)
-        self._inside()
-        for turn in range(1, hosts):
-            self._receive_flow((self.host - turn) % hosts)
-            if turn + window < hosts:
-                self._send_flow((self.host + turn + window) % hosts)
-        return self.script.finish()
-
-    def _inside(self) -> None:
-        me = self.topology.local_rank[self.rank]
-        for shift in range(1, len(self.locals)):
-            to = self.locals[(me + shift) % len(self.locals)]
-            self.script.send(self.inputs[to], to, INSIDE)
-        self.script.copy(self.inputs[self.rank], self.outputs[self.rank], INSIDE)
-        for shift in range(1, len(self.locals)):
-            source = self.locals[me - shift]
-            self.script.recv(self.outputs[source], source, INSIDE)
-
-    def _send_flow(self, there: int) -> None:
+    def send_to(self, there: int) -> None:
         lane = between_lane(self.host, there)
         for messages in _by_chunk(flow(self.problem, self.topology, self.host, there, self.chunks)):
             for message in messages:
@@ -175,7 +150,7 @@ class _Balanced:
                 self.script.recv(place, run.rank, INSIDE, message.chunk)
         return area
 
-    def _receive_flow(self, there: int) -> None:
+    def receive_from(self, there: int) -> None:
         lane = between_lane(there, self.host)
         for messages in _by_chunk(flow(self.problem, self.topology, there, self.host, self.chunks)):
             for message in messages:

@@ -8,8 +8,8 @@ between hosts are the same as for pairwise rounds. (Hierarchical all-to-all of T
 
 from __future__ import annotations
 
-from ncclx_py.plans.algorithms.layout import INSIDE, between_lane, blocks, merged, owner
-from ncclx_py.plans.algorithms.script import Script
+from ncclx_py.plans.algorithms.host_rounds import HostRounds
+from ncclx_py.plans.algorithms.layout import INSIDE, between_lane, merged, owner
 from ncclx_py.plans.plan import Problem, RankPlan, Span
 from ncclx_py.plans.topology import Topology
 
@@ -19,33 +19,12 @@ def two_level(problem: Problem, topology: Topology, rank: int, window: int) -> R
     return _TwoLevel(problem, topology, rank).plan(window)
 
 
-class _TwoLevel:
-    def __init__(self, problem: Problem, topology: Topology, rank: int) -> None:
-        self.script = Script(topology, rank)
-        self.topology = topology
-        self.rank = rank
-        self.matrix = problem.matrix
-        self.host = topology.host_of[rank]
-        self.locals = topology.hosts[self.host]
-        self.inputs = blocks("input", problem.matrix[rank])
-        self.outputs = blocks("output", [row[rank] for row in problem.matrix])
-
-    def plan(self, window: int) -> RankPlan:
-        hosts = len(self.topology.hosts)
-        for turn in range(1, min(window + 1, hosts)):
-            self._gather_and_send((self.host + turn) % hosts)
-        self._inside()
-        for turn in range(1, hosts):
-            self._receive((self.host - turn) % hosts)
-            if turn + window < hosts:
-                self._gather_and_send((self.host + turn + window) % hosts)
-        return self.script.finish()
-
+class _TwoLevel(HostRounds):
     def _proxy(self, target: int) -> int:
         """The local rank that sends to `target` what this host has for it."""
         return owner(self.topology, self.host, self.topology.local_rank[target])
 
-    def _gather_and_send(self, there: int) -> None:
+    def send_to(self, there: int) -> None:
         targets = self.topology.hosts[there]
         for target in targets:
             if self._proxy(target) != self.rank:
@@ -56,7 +35,7 @@ class _TwoLevel:
 
     def _gathered(self, target: int) -> Span:
         """What the host has for `target`, in the order of ranks."""
-        counts = [self.matrix[source][target] for source in self.locals]
+        counts = [self.problem.matrix[source][target] for source in self.locals]
         if sum(counts) == self.inputs[target].length:
             return self.inputs[target]  # nobody else has any
         area = self.script.scratch(sum(counts))
@@ -70,17 +49,7 @@ class _TwoLevel:
             position += count
         return area
 
-    def _inside(self) -> None:
-        me = self.topology.local_rank[self.rank]
-        for shift in range(1, len(self.locals)):
-            to = self.locals[(me + shift) % len(self.locals)]
-            self.script.send(self.inputs[to], to, INSIDE)
-        self.script.copy(self.inputs[self.rank], self.outputs[self.rank], INSIDE)
-        for shift in range(1, len(self.locals)):
-            source = self.locals[me - shift]
-            self.script.recv(self.outputs[source], source, INSIDE)
-
-    def _receive(self, there: int) -> None:
+    def receive_from(self, there: int) -> None:
         """Takes the message of another host and puts its blocks in their places."""
         sender = owner(self.topology, there, self.topology.local_rank[self.rank])
         lane = between_lane(there, self.host)
