@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from ncclx_py.plans.algorithms.exchanges import ring_all_gather
 from ncclx_py.plans.algorithms.layout import (
+    HAND_ON,
     INSIDE,
-    between_lane,
     blocks,
     by_host,
     offsets,
     owner,
+    round_lane,
     split,
 )
 from ncclx_py.plans.algorithms.script import Script
 from ncclx_py.plans.plan import Problem, RankPlan, Span
 from ncclx_py.plans.topology import Topology
-
-HAND_ON = 3  # the lane of blocks from other hosts inside a host
 
 
 def direct(problem: Problem, topology: Topology, rank: int) -> RankPlan:
@@ -97,7 +96,7 @@ def hierarchical(problem: Problem, topology: Topology, rank: int, chunks: int) -
     for chunk in range(chunks):
         for turn in range(1, len(hosts)):
             there = (host + turn) % len(hosts)
-            script.send(mine[chunk], owner(topology, there, me), between_lane(host, there), chunk)
+            script.send(mine[chunk], owner(topology, there, me), round_lane(turn), chunk)
         for peer in neighbours:
             script.send(mine[chunk], peer, INSIDE, chunk)
         script.copy(mine[chunk], slices[rank][chunk], INSIDE, chunk)
@@ -108,7 +107,7 @@ def hierarchical(problem: Problem, topology: Topology, rank: int, chunks: int) -
             there = (host - turn) % len(hosts)
             for block in hosts[there]:
                 if owner(topology, host, topology.local_rank[block]) == rank:
-                    script.recv(slices[block][chunk], block, between_lane(there, host), chunk)
+                    script.recv(slices[block][chunk], block, round_lane(turn), chunk)
                     for peer in neighbours:
                         script.send(slices[block][chunk], peer, HAND_ON, chunk)
             for block in hosts[there]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ncclx_py.plans.algorithms.layout import INSIDE, between_lane, blocks, columns, merged
+from ncclx_py.plans.algorithms.layout import INSIDE, blocks, columns, merged, round_lane
 from ncclx_py.plans.algorithms.script import Script
 from ncclx_py.plans.plan import Problem, RankPlan, Span
 from ncclx_py.plans.topology import Topology
@@ -21,10 +21,9 @@ def pairwise(problem: Problem, topology: Topology, rank: int, window: int) -> Ra
     theirs = blocks("output", [row[rank] for row in problem.matrix])
     locals_ = topology.hosts[topology.host_of[rank]]
     me = topology.local_rank[rank]
-    host = topology.host_of[rank]
     rounds = between_rounds(topology, rank)
     for turn in range(min(window, len(rounds))):
-        _send_round(script, rounds, turn, mine)
+        _send_round(script, rounds, turn, window, mine)
     for shift in range(1, len(locals_)):
         peer = locals_[(me + shift) % len(locals_)]
         script.send(mine[peer], peer, INSIDE)
@@ -34,17 +33,16 @@ def pairwise(problem: Problem, topology: Topology, rank: int, window: int) -> Ra
         script.recv(theirs[peer], peer, INSIDE)
     for turn, (_, source) in enumerate(rounds):
         if source is not None:
-            script.recv(theirs[source], source, between_lane(topology.host_of[source], host))
+            script.recv(theirs[source], source, round_lane(turn, window))
         if turn + window < len(rounds):
-            _send_round(script, rounds, turn + window, mine)
+            _send_round(script, rounds, turn + window, window, mine)
     return script.finish()
 
 
-def _send_round(script: Script, rounds: Rounds, turn: int, mine: list[Span]) -> None:
+def _send_round(script: Script, rounds: Rounds, turn: int, window: int, mine: list[Span]) -> None:
     to = rounds[turn][0]
     if to is not None:
-        host_of = script.topology.host_of
-        script.send(mine[to], to, between_lane(host_of[script.rank], host_of[to]))
+        script.send(mine[to], to, round_lane(turn, window))
 
 
 def between_rounds(topology: Topology, rank: int) -> Rounds:

@@ -19,11 +19,10 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from ncclx_py.plans.algorithms.host_rounds import HostRounds
-from ncclx_py.plans.algorithms.layout import INSIDE, between_lane, cut, offsets, rail_weights, split
+from ncclx_py.plans.algorithms.layout import HAND_ON, INSIDE, cut, offsets, rail_weights, split
 from ncclx_py.plans.plan import Problem, RankPlan, Span
 from ncclx_py.plans.topology import Topology
 
-HAND_OUT = 3  # the lane of what a host received and hands to its ranks
 SMALLEST_CHUNK = 1024  # elements; shorter ones cost more in steps than they gain
 
 
@@ -126,8 +125,7 @@ class _Balanced(HostRounds):
         super().__init__(problem, topology, rank)
         self.chunks = chunks
 
-    def send_to(self, there: int) -> None:
-        lane = between_lane(self.host, there)
+    def send_to(self, there: int, lane: int) -> None:
         for messages in _by_chunk(flow(self.problem, self.topology, self.host, there, self.chunks)):
             for message in messages:
                 for run in self._sources(message) if message.carrier != self.rank else ():
@@ -150,8 +148,7 @@ class _Balanced(HostRounds):
                 self.script.recv(place, run.rank, INSIDE, message.chunk)
         return area
 
-    def receive_from(self, there: int) -> None:
-        lane = between_lane(there, self.host)
+    def receive_from(self, there: int, lane: int) -> None:
         for messages in _by_chunk(flow(self.problem, self.topology, there, self.host, self.chunks)):
             for message in messages:
                 if message.receiver == self.rank:
@@ -159,7 +156,7 @@ class _Balanced(HostRounds):
             for message in messages:
                 for run in self._targets(message) if message.receiver != self.rank else ():
                     if run.rank == self.rank:
-                        self.script.recv(run.place, message.receiver, HAND_OUT, message.chunk)
+                        self.script.recv(run.place, message.receiver, HAND_ON, message.chunk)
 
     def _take(self, message: Message, lane: int) -> None:
         """Receives a message and hands its elements to the ranks that they are for."""
@@ -171,9 +168,9 @@ class _Balanced(HostRounds):
         self.script.recv(area, message.carrier, lane, message.chunk)
         for run, place in zip(runs, _places(area, runs)):
             if run.rank == self.rank:
-                self.script.copy(place, run.place, HAND_OUT, message.chunk)
+                self.script.copy(place, run.place, HAND_ON, message.chunk)
             else:
-                self.script.send(place, run.rank, HAND_OUT, message.chunk)
+                self.script.send(place, run.rank, HAND_ON, message.chunk)
 
     def _sources(self, message: Message) -> list[Run]:
         """The parts of a message by the rank that has them, and where in its input."""

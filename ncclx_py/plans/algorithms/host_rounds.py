@@ -6,7 +6,7 @@ rounds are sent ahead, and the exchange inside the host runs meanwhile. What cro
 
 from __future__ import annotations
 
-from ncclx_py.plans.algorithms.layout import INSIDE, blocks
+from ncclx_py.plans.algorithms.layout import INSIDE, blocks, round_lane
 from ncclx_py.plans.algorithms.script import Script
 from ncclx_py.plans.plan import Problem, RankPlan
 from ncclx_py.plans.topology import Topology
@@ -26,20 +26,21 @@ class HostRounds:
     def plan(self, window: int) -> RankPlan:
         hosts = len(self.topology.hosts)
         for turn in range(1, min(window + 1, hosts)):
-            self.send_to((self.host + turn) % hosts)
+            self.send_to((self.host + turn) % hosts, round_lane(turn, window))
         self._inside()
         for turn in range(1, hosts):
-            self.receive_from((self.host - turn) % hosts)
+            lane = round_lane(turn, window)
+            self.receive_from((self.host - turn) % hosts, lane)
             if turn + window < hosts:
-                self.send_to((self.host + turn + window) % hosts)
+                self.send_to((self.host + turn + window) % hosts, lane)
         return self.script.finish()
 
-    def send_to(self, there: int) -> None:
-        """This rank's part in what its host sends to the host `there`."""
+    def send_to(self, there: int, lane: int) -> None:
+        """This rank's part in what its host sends to the host `there`, on the round's `lane`."""
         raise NotImplementedError
 
-    def receive_from(self, there: int) -> None:
-        """This rank's part in what its host receives from the host `there`."""
+    def receive_from(self, there: int, lane: int) -> None:
+        """This rank's part in what its host receives from the host `there`, on the round's `lane`."""
         raise NotImplementedError
 
     def _inside(self) -> None:

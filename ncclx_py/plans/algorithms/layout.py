@@ -17,12 +17,17 @@ ALIGNMENT = 16  # elements; whole cache lines for 4-byte types, and what NCCL wa
 
 
 INSIDE = 0  # the lane of messages inside a host
-BETWEEN = 1  # the first of the two lanes of messages between hosts
+HAND_ON = 1  # the lane of what came from another host and is handed on inside
+ROUNDS = 8  # lanes that rounds between hosts share where the algorithm does not say how many are under way
 
 
-def between_lane(sender: int, receiver: int) -> int:
-    """The lane of messages from host `sender` to host `receiver`: between any two hosts, each direction has its own."""
-    return BETWEEN + (sender > receiver)
+def round_lane(turn: int, rounds: int = ROUNDS) -> int:
+    """The lane of the messages of round `turn`, at either end; `rounds` of them may be under way at a time.
+
+    Rounds that share a lane follow one another. Were there a lane for each direction instead, a rank's sends would share one with
+    its receives, and wait for messages that they have nothing to do with.
+    """
+    return HAND_ON + 1 + turn % rounds
 
 
 def cut(span: Span, weights: Sequence[float]) -> list[Span]:

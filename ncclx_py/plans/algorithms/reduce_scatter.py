@@ -6,11 +6,11 @@ from ncclx_py.plans.algorithms.all_reduce import in_order
 from ncclx_py.plans.algorithms.exchanges import ring_lane
 from ncclx_py.plans.algorithms.layout import (
     INSIDE,
-    between_lane,
     blocks,
     by_host,
     offsets,
     owner,
+    round_lane,
     split,
 )
 from ncclx_py.plans.algorithms.script import Script
@@ -120,8 +120,8 @@ def hierarchical(problem: Problem, topology: Topology, rank: int, chunks: int) -
                 for peer in neighbours:
                     script.reduce(total, peer, INSIDE, chunk)
                 if block != rank:
-                    script.send(total, block, between_lane(host, there), chunk)
+                    script.send(total, block, round_lane(turn), chunk)
         for turn in range(1, len(hosts)):
             there = (host - turn) % len(hosts)
-            script.reduce(results[chunk], owner(topology, there, me), between_lane(there, host), chunk)
+            script.reduce(results[chunk], owner(topology, there, me), round_lane(turn), chunk)
     return script.finish()

@@ -9,7 +9,7 @@ between hosts are the same as for pairwise rounds. (Hierarchical all-to-all of T
 from __future__ import annotations
 
 from ncclx_py.plans.algorithms.host_rounds import HostRounds
-from ncclx_py.plans.algorithms.layout import INSIDE, between_lane, merged, owner
+from ncclx_py.plans.algorithms.layout import INSIDE, merged, owner
 from ncclx_py.plans.plan import Problem, RankPlan, Span
 from ncclx_py.plans.topology import Topology
 
@@ -24,14 +24,14 @@ class _TwoLevel(HostRounds):
         """The local rank that sends to `target` what this host has for it."""
         return owner(self.topology, self.host, self.topology.local_rank[target])
 
-    def send_to(self, there: int) -> None:
+    def send_to(self, there: int, lane: int) -> None:
         targets = self.topology.hosts[there]
         for target in targets:
             if self._proxy(target) != self.rank:
                 self.script.send(self.inputs[target], self._proxy(target), INSIDE)
         for target in targets:
             if self._proxy(target) == self.rank:
-                self.script.send(self._gathered(target), target, between_lane(self.host, there))
+                self.script.send(self._gathered(target), target, lane)
 
     def _gathered(self, target: int) -> Span:
         """What the host has for `target`, in the order of ranks."""
@@ -49,10 +49,9 @@ class _TwoLevel(HostRounds):
             position += count
         return area
 
-    def receive_from(self, there: int) -> None:
+    def receive_from(self, there: int, lane: int) -> None:
         """Takes the message of another host and puts its blocks in their places."""
         sender = owner(self.topology, there, self.topology.local_rank[self.rank])
-        lane = between_lane(there, self.host)
         places = merged([self.outputs[source] for source in self.topology.hosts[there]])
         if len(places) == 1:
             self.script.recv(places[0], sender, lane)
