@@ -64,7 +64,21 @@ def lower_bound(problem: Problem, topology: Topology, itemsize: int) -> Bound:
     """
     if problem.size != topology.size:
         raise ValueError(f"The problem is for {problem.size} ranks, but the topology has {topology.size}.")
-    needed = demand(problem, topology)
+    return _bound(demand(problem, topology), topology, itemsize)
+
+
+def even_all_to_all_bound(block: int, topology: Topology) -> Bound:
+    """Of blocks of `block` bytes between all ranks of a topology whose hosts are alike: `lower_bound` without a matrix."""
+    ranks, hosts, width = topology.size, len(topology.hosts), topology.widest
+    rank, host = (ranks - 1) * block, width * (ranks - width) * block
+    partners = hosts if hosts > 1 else ranks
+    needed = Demand(
+        [rank] * ranks, [rank] * ranks, [host] * hosts, [host] * hosts, ranks * rank, hosts * host, 0, partners
+    )
+    return _bound(needed, topology, 1)
+
+
+def _bound(needed: Demand, topology: Topology, itemsize: int) -> Bound:
     if not needed.messages:
         return Bound(0.0, "nothing to move")
     parts = {
@@ -204,7 +218,7 @@ def _everyone(topology: Topology) -> int:
 
 def _latency(needed: Demand, topology: Topology) -> float:
     if needed.crossings:
-        return topology.inter.alpha * spread(needed.reach, max(map(len, topology.hosts)))
+        return topology.inter.alpha * spread(needed.reach, topology.widest)
     return topology.intra.alpha * spread(needed.reach, 1)
 
 

@@ -16,7 +16,7 @@ from ncclx_py.plans.cost_all_to_all import Traffic
 from ncclx_py.plans.cost_blocks import Blocks
 from ncclx_py.plans.plan import Problem
 from ncclx_py.plans.topology import Topology
-from ncclx_py.plans.wires import wires
+from ncclx_py.plans.uniform import wires
 
 Estimator = Callable[[str, Mapping[str, int]], float]
 

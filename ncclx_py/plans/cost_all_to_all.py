@@ -56,6 +56,16 @@ class Traffic(NamedTuple):
             itemsize * level,
         )
 
+    @classmethod
+    def even(cls, block: float, topology: Topology) -> Traffic:
+        """Of blocks of `block` bytes between all ranks of a uniform topology."""
+        width, hosts = topology.widest, len(topology.hosts)
+        away = (topology.size - width) * block
+        busiest = -(-width // topology.rails) * away / topology.nic(0, 0)
+        level = width * away / topology.egress(0)
+        inside = (width - 1) * block
+        return cls(block, inside, away, width - 1, (hosts - 1) * width, busiest, busiest, level)
+
 
 def _direct(flows: Flows, topology: Topology) -> Load:
     """The bytes of each NIC and direction when blocks travel from their own rank."""

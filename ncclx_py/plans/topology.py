@@ -57,6 +57,11 @@ class Topology:
         return tuple(tuple(found[host]) for host in sorted(found))
 
     @cached_property
+    def widest(self) -> int:
+        """The ranks of the largest host."""
+        return max(map(len, self.hosts))
+
+    @cached_property
     def local_rank(self) -> tuple[int, ...]:
         """The position of each rank among those of its host."""
         position = [0] * self.size
@@ -78,7 +83,7 @@ class Topology:
 
     def ingress(self, host: int) -> float:
         """Bytes per second that reach a host: a message arrives on its sender's rail."""
-        return sum(self.nic(host, rail) for rail in range(min(self.rails, max(map(len, self.hosts)))))
+        return sum(self.nic(host, rail) for rail in range(min(self.rails, self.widest)))
 
     def is_local(self, a: int, b: int) -> bool:
         return self.host_of[a] == self.host_of[b]

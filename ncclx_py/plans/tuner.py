@@ -207,7 +207,7 @@ class Tuner:
 
     def _without_vain(self, found: Sequence[Candidate]) -> list[Candidate]:
         """Rules out what gains less than `WORTH`: where all links are alike, not rings, and elsewhere not `direct`."""
-        flat = max(map(len, self.topology.hosts)) == 1
+        flat = self.topology.widest == 1
         doubted = WORTH.keys() - {"ring" if flat else "direct"}
         others = [one for one in found if one.algorithm not in doubted and not one.why_not]
         best = min(others, key=lambda one: one.predicted_s or 0.0, default=None)
@@ -225,7 +225,7 @@ class Tuner:
         ]
 
     def _order(self, collective: str) -> list[str]:
-        flat = max(map(len, self.topology.hosts)) == 1
+        flat = self.topology.widest == 1
         preferred = (_PREFERENCE_FLAT if flat else _PREFERENCE).get(collective, _PREFERENCE[collective])
         return [*preferred, *(name for name in ALGORITHMS[collective] if name not in preferred)]
 
@@ -243,7 +243,7 @@ class Tuner:
         if name in ("hierarchical", "pipelined", "two_level", "balanced"):
             if not several:
                 return "one host: there is one level"
-            if max(map(len, self.topology.hosts)) == 1 and name != "balanced":
+            if self.topology.widest == 1 and name != "balanced":
                 return "one rank per host: there is one level"
         if collective == "all_reduce" and not several and name != "direct":
             return "one host: considered only where measured"

@@ -6,7 +6,7 @@ that the same rank handles in the same round. All ranks of a host are taken to b
 
 from __future__ import annotations
 
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import NamedTuple
 
 from ncclx_py.plans.algorithms.layout import by_host, column_weights, columns, owner
@@ -22,7 +22,7 @@ class Exchange(NamedTuple):
 
 
 class Wires:
-    """Derived figures of one topology; get it from `wires`, which keeps them."""
+    """Derived figures of one topology; get it from ``uniform.wires``, which keeps them."""
 
     def __init__(self, topology: Topology) -> None:
         self.topology = topology
@@ -162,9 +162,3 @@ class Wires:
                 load[nic] = load.get(nic, 0.0) + weights[column] / total
         each = -(-number // self.smallest)
         return max(share.values()), each, max(part / topology.nic(*nic) for nic, part in load.items())
-
-
-@lru_cache(maxsize=256)
-def wires(topology: Topology) -> Wires:
-    """The figures of `topology`; equal topologies share them."""
-    return Wires(topology)
