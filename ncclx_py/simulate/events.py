@@ -24,8 +24,8 @@ import numpy as np
 from ncclx_py.plans.topology import OVERHEAD
 from ncclx_py.simulate.cluster import Cluster
 from ncclx_py.simulate.flows import Flows
-from ncclx_py.simulate.schedule import LOCAL, RECEIVE, SEND, Schedule
-from ncclx_py.simulate.wiring import Floats, Ints, Wiring
+from ncclx_py.simulate.schedule import LOCAL, RECEIVE, SEND, Floats, Ints, Schedule
+from ncclx_py.simulate.wiring import Links, Pipes, Wiring
 
 INSTANT = 1e-10  # seconds: events that are closer than this are at one time
 _NEVER = np.iinfo(np.int64).max
@@ -37,26 +37,26 @@ Handler = Callable[[Ints, Floats], None]
 @dataclass(frozen=True)
 class Outcome:
     """`seconds` until the last rank is done and `finished` when each is; `started` and `ended` of every step; the bytes that
-    went through each pipe of `wiring`."""
+    went through each pipe of `links`."""
 
     seconds: float
     finished: Floats
     started: Floats
     ended: Floats
     pipe_bytes: Floats
-    wiring: Wiring
+    links: Links
     rounds: int
 
     def busiest(self, count: int, only: str = "") -> list[tuple[str, float, float]]:
         """(name, bytes, share of the time that it was full) of the pipes with the largest share; `only` filters names."""
         with np.errstate(invalid="ignore", divide="ignore"):
-            share = self.pipe_bytes / self.wiring.capacity / max(self.seconds, INSTANT)
+            share = self.pipe_bytes / self.links.capacity / max(self.seconds, INSTANT)
         found: list[tuple[str, float, float]] = []
         for pipe in np.argsort(-np.nan_to_num(share), kind="stable"):
             if len(found) == count or not self.pipe_bytes[pipe]:
                 break
-            if pipe != self.wiring.unlimited and only in self.wiring.name(int(pipe)):
-                found.append((self.wiring.name(int(pipe)), float(self.pipe_bytes[pipe]), float(share[pipe])))
+            if pipe != len(share) - 1 and only in self.links.name(int(pipe)):
+                found.append((self.links.name(int(pipe)), float(self.pipe_bytes[pipe]), float(share[pipe])))
         return found
 
 
@@ -72,24 +72,31 @@ def play(
     """
     if schedule.ranks != cluster.topology.size:
         raise ValueError(f"The schedule is for {schedule.ranks} ranks, but the cluster has {cluster.topology.size}.")
-    return _Player(schedule, cluster, max(grain, INSTANT), progress).run()
+    links = Wiring(cluster, schedule)
+    return Player(schedule, links, cluster.topology.gamma, max(grain, INSTANT), progress, cluster).run()
 
 
-class _Player:
-    """The state of all ranks and steps. What handles an event takes steps and the time of each."""
+class Player:
+    """The state of all ranks and steps. What handles an event takes steps and the time of each.
+
+    `cluster` says which ranks are late or slow; None: none.
+    """
 
     def __init__(
-        self, schedule: Schedule, cluster: Cluster, grain: float, progress: Callable[[int, int], None] | None
+        self,
+        schedule: Schedule,
+        links: Links,
+        gamma: float,
+        grain: float = INSTANT,
+        progress: Callable[[int, int], None] | None = None,
+        cluster: Cluster | None = None,
     ) -> None:
-        self.schedule, self.cluster, self.grain, self.progress = schedule, cluster, grain, progress
-        self.wiring = Wiring(cluster)
-        self.flows = Flows(self.wiring, grain)
-        self.gamma = cluster.topology.gamma
-        self.slowness = self.wiring.slowness
+        self.schedule, self.links, self.gamma, self.grain, self.progress = schedule, links, gamma, grain, progress
+        self.flows = Flows(links.capacity, links.width, grain)
         ranks, steps = schedule.ranks, schedule.steps
         sizes = np.array([shape.steps for shape in schedule.shapes])
         shape_base = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64)
-        self.rank_of = np.repeat(np.arange(ranks), sizes[schedule.shape_of])
+        self.rank_of = schedule.rank_of
         self.row = np.arange(steps) - np.repeat(schedule.base - shape_base[schedule.shape_of], sizes[schedule.shape_of])
         self.kind = np.concatenate([shape.kind for shape in schedule.shapes])
         self.reduces = np.concatenate([shape.reduces for shape in schedule.shapes])
@@ -98,9 +105,12 @@ class _Player:
         self.at_end = _stacked([shape.at_end for shape in schedule.shapes])
         self.waits = np.concatenate([shape.waits for shape in schedule.shapes])[self.row]
         self.ready_at = np.zeros(steps)  # the latest of what a step has waited for
-        self.free = np.zeros(ranks)
-        for rank, delay in cluster.delays.items():
+        self.free, self.slowness = np.zeros(ranks), np.ones(ranks)
+        for rank, delay in cluster.delays.items() if cluster else ():
             self.free[rank] = delay
+        for rank, factor in cluster.slowness.items() if cluster else ():
+            self.slowness[rank] = factor
+        self.is_even = bool((self.slowness == 1).all())
         self.posted, self.wanted, self.arrived = (np.full(steps, -1.0) for _ in range(3))
         self.started, self.ended = np.full(steps, np.nan), np.full(steps, np.nan)
         self.pushed = np.full(steps, -1.0)
@@ -137,7 +147,7 @@ class _Player:
         finished = np.zeros(self.schedule.ranks)
         np.maximum.at(finished, self.rank_of, self.ended)
         seconds = float(finished.max(initial=0.0))
-        return Outcome(seconds, finished, self.started, self.ended, self.flows.bytes, self.wiring, rounds)
+        return Outcome(seconds, finished, self.started, self.ended, self.flows.bytes, self.links, rounds)
 
     def _at(self, times: Floats, handler: Handler, steps: Ints) -> None:
         """Has each of `steps` handled at its time."""
@@ -161,7 +171,7 @@ class _Player:
 
     def _busy(self, ranks: Ints, times: Floats, durations: Floats) -> Floats:
         """Occupies each rank's thread from its times on, for its durations, one after the other; returns when each is over."""
-        durations = durations * self.slowness[ranks] if self.cluster.slowness else durations
+        durations = durations if self.is_even else durations * self.slowness[ranks]
         if len(ranks) == 1 or (np.diff(ranks) > 0).all():
             over = np.maximum(self.free[ranks], times) + durations
             self.free[ranks] = over
@@ -192,13 +202,12 @@ class _Player:
         self._release(steps, times, self.at_start)
 
     def _start_local(self, steps: Ints, times: Floats) -> None:
-        self._flow(steps, times, self.wiring.copying(self.rank_of[steps]), self.size[self.row[steps]])
+        self._flow(steps, times, self.links.copying(steps), self.size[self.row[steps]])
 
     def _start_sends(self, sends: Ints, times: Floats) -> None:
-        source, target = self.rank_of[sends], self.schedule.peer[sends]
-        posted = self._busy(source, times, OVERHEAD * self.wiring.alpha(source, target))
+        posted = self._busy(self.rank_of[sends], times, OVERHEAD * self.links.alpha(sends))
         self.posted[sends] = posted
-        local = self.wiring.is_local(source, target)
+        local = self.links.is_local(sends)
         self._at(posted[~local], self._push, sends[~local])
         offered = sends[local]
         self._meet(offered[self.wanted[self.schedule.match[offered]] >= 0])
@@ -206,7 +215,7 @@ class _Player:
     def _start_receives(self, receives: Ints, times: Floats) -> None:
         self.wanted[receives] = times
         match = self.schedule.match[receives]
-        local = self.wiring.is_local(self.schedule.peer[receives], self.rank_of[receives])
+        local = self.links.is_local(receives)
         offered = match[local]
         self._meet(offered[self.posted[offered] >= 0])
         here = ~local & (self.arrived[match] >= 0)
@@ -216,16 +225,16 @@ class _Player:
         """Inside a host the receiver copies once it wants the message and has seen that it is there."""
         if len(sends):
             receives = self.schedule.match[sends]
-            alpha = self.wiring.alpha(self.rank_of[sends], self.rank_of[receives])
-            self._at(np.maximum(self.posted[sends] + _TRAVEL * alpha, self.wanted[receives]), self._pull, receives)
+            seen = self.posted[sends] + _TRAVEL * self.links.alpha(sends)
+            self._at(np.maximum(seen, self.wanted[receives]), self._pull, receives)
 
     def _pull(self, receives: Ints, times: Floats) -> None:
-        target, source = self.rank_of[receives], self.schedule.peer[receives]
-        self._at(self._busy(target, times, OVERHEAD * self.wiring.alpha(source, target)), self._copy, receives)
+        busy = self._busy(self.rank_of[receives], times, OVERHEAD * self.links.alpha(receives))
+        self._at(busy, self._copy, receives)
 
     def _copy(self, receives: Ints, times: Floats) -> None:
         size = self.size[self.row[self.schedule.match[receives]]]
-        self._flow(receives, times, self.wiring.inside(self.schedule.peer[receives], self.rank_of[receives]), size)
+        self._flow(receives, times, self.links.inside(receives), size)
 
     def _push(self, sends: Ints, times: Floats) -> None:
         """A channel is a connection: its messages leave one after another."""
@@ -235,13 +244,13 @@ class _Player:
 
     def _leave(self, sends: Ints, times: Floats) -> None:
         if len(sends):
-            pipes = self.wiring.between(self.rank_of[sends], self.schedule.peer[sends])
-            self._flow(sends, times, pipes, self.size[self.row[sends]])
+            self._flow(sends, times, self.links.between(sends), self.size[self.row[sends]])
 
-    def _flow(self, owners: Ints, times: Floats, pipes: Ints, sizes: Floats) -> None:
+    def _flow(self, owners: Ints, times: Floats, pipes: Pipes, sizes: Floats) -> None:
         some = sizes > 0
         if some.any():
-            self.flows.open(owners[some], times[some], pipes[some], sizes[some])
+            rows, share = pipes
+            self.flows.open(owners[some], times[some], rows[some], None if share is None else share[some], sizes[some])
         if not some.all():
             self._through(owners[~some], times[~some])
 
@@ -264,7 +273,7 @@ class _Player:
         behind &= self.pushed[following] >= 0
         self._leave(following[behind], np.maximum(times[behind], self.pushed[following[behind]]))
         self._complete(sends, times)
-        arrived = times + _TRAVEL * self.wiring.alpha(self.rank_of[sends], self.schedule.peer[sends])
+        arrived = times + _TRAVEL * self.links.alpha(sends)
         self.arrived[sends] = arrived
         receives = self.schedule.match[sends]
         wanted = self.wanted[receives] >= 0
@@ -272,12 +281,11 @@ class _Player:
 
     def _take(self, receives: Ints, times: Floats) -> None:
         """Between hosts: the receiver takes what has arrived, and combines it."""
-        target = self.rank_of[receives]
-        busy = OVERHEAD * self.wiring.alpha(self.schedule.peer[receives], target)
+        busy = OVERHEAD * self.links.alpha(receives)
         if self.gamma:
             rows = self.row[receives]
             busy = busy + np.where(self.reduces[rows], self.size[rows] * self.gamma, 0.0)
-        self._at(self._busy(target, times, busy), self._complete, receives)
+        self._at(self._busy(self.rank_of[receives], times, busy), self._complete, receives)
 
     def _reduce(self, steps: Ints, times: Floats) -> None:
         """The bytes are there; a reduction still has to be computed."""

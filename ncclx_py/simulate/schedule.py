@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from ncclx_py.plans.plan import Plan, Step
 
 Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
 SEND, RECEIVE, LOCAL = 0, 1, 2
 
 
@@ -60,6 +62,12 @@ class Schedule:
     @property
     def ranks(self) -> int:
         return len(self.shape_of)
+
+    @cached_property
+    def rank_of(self) -> Ints:
+        """The rank of each step."""
+        sizes = np.array([shape.steps for shape in self.shapes])
+        return np.repeat(np.arange(self.ranks), sizes[self.shape_of])
 
     @property
     def steps(self) -> int:

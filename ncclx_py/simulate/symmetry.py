@@ -86,7 +86,7 @@ class Symmetry:
         sizes = np.array([shape.steps for shape in shapes])[shape_of]
         base = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64)
         peer, match, next_send = (np.full(int(sizes.sum()), -1, np.int64) for _ in range(3))
-        meets = _meetings(self)
+        meets = meetings(self)
         for index, (plan, shape) in enumerate(zip(self.plans, shapes)):
             members = np.flatnonzero(shape_of == index)
             own = np.flatnonzero(shape.kind != LOCAL)
@@ -95,7 +95,7 @@ class Symmetry:
             peers = self.motion.peers(members, moves.reshape(-1, 2))
             peer[places] = peers
             match[places] = base[peers] + np.array([meets[index][step] for step in own], np.int64)[None, :]
-            following = _following(plan, shape)
+            following = following_sends(plan, shape)
             sends = np.array(sorted(following), np.int64)
             if len(sends):
                 after = np.array([following[step] for step in sends], np.int64)
@@ -173,7 +173,7 @@ def _length(step: Step) -> int:
 def _meets(symmetry: Symmetry, sample: list[int], plan_of: Callable[[int], RankPlan]) -> bool:
     """Whether messages meet as they do in the plans of some ranks and of one peer of each, where lanes tell."""
     try:
-        meets = _meetings(symmetry)
+        meets = meetings(symmetry)
     except ValueError:
         return False
     for rank in sample:
@@ -193,7 +193,7 @@ def _is_message(step: Step, way: str, peer: int, lane: int) -> bool:
     return step.peer == peer and step.lane == lane and (step.op == "send") == (way == "send")
 
 
-def _meetings(symmetry: Symmetry) -> list[dict[int, int]]:
+def meetings(symmetry: Symmetry) -> list[dict[int, int]]:
     """For each class and step with a peer, the index of the step there that meets it.
 
     A message that reaches class c from the move m meets a receive of class c by the same move. Raises ValueError where they
@@ -224,7 +224,7 @@ def _meetings(symmetry: Symmetry) -> list[dict[int, int]]:
     return found
 
 
-def _following(plan: RankPlan, shape: Shape) -> dict[int, int]:
+def following_sends(plan: RankPlan, shape: Shape) -> dict[int, int]:
     """The next send on the same channel, of each send that has one."""
     last: dict[tuple[int | None, int], int] = {}
     found = {}

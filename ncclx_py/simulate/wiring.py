@@ -1,28 +1,62 @@
 """Which pipes a message or a copy goes through on a cluster, and its α: the links side of the event engine.
 
-Pipes are numbered: the out and in ports of every rank, the memory of every host, the NICs of every host in both directions,
-the uplinks of every unit of every tier in both directions, and last one without limit that fills empty places. All
-methods take arrays of ranks.
+`Links` is what the engine asks, step by step. `Wiring` answers for a cluster whose ranks are all played; representative.py for one
+rank of each class. Pipes are numbered: the out and in ports of every rank, the memory of every host, the NICs of every
+host in both directions, the uplinks of every unit of every tier in both directions, and last one without limit that fills
+empty places.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple, Protocol
+
 import numpy as np
 from numpy.typing import NDArray
 
-from ncclx_py.plans.topology import OVERHEAD
 from ncclx_py.simulate.cluster import Cluster
+from ncclx_py.simulate.schedule import Floats, Ints, Schedule
 
-Ints = NDArray[np.int64]
-Floats = NDArray[np.float64]
+
+class Links(Protocol):
+    """`capacity` in bytes per second by pipe, the last one without limit; `width` pipes at most for a flow. All take arrays of
+    steps."""
+
+    capacity: Floats
+    width: int
+
+    def is_local(self, steps: Ints) -> NDArray[np.bool_]:
+        """Whether the message of a send or receive stays inside its host."""
+
+    def alpha(self, steps: Ints) -> Floats:
+        """Seconds per message, of sends or receives."""
+
+    def copying(self, steps: Ints) -> Pipes:
+        """The pipes of local copies and reductions."""
+
+    def inside(self, receives: Ints) -> Pipes:
+        """The pipes of messages that are read from a neighbour."""
+
+    def between(self, sends: Ints) -> Pipes:
+        """The pipes of messages to other hosts: both NICs of the sender's rail, and the uplinks between."""
+
+    def name(self, pipe: int) -> str:
+        """What a person calls a pipe."""
+
+
+class Pipes(NamedTuple):
+    """The pipes of some flows, one row each, and how much of a flow goes through each (None: all of it)."""
+
+    rows: Ints
+    share: Floats | None = None
 
 
 class Wiring:
-    """The pipes of `cluster`: `capacity` in bytes per second and `names` by number."""
+    """The pipes of `cluster`, for the steps of `schedule`."""
 
-    def __init__(self, cluster: Cluster) -> None:
+    def __init__(self, cluster: Cluster, schedule: Schedule) -> None:
         topology = cluster.topology
         self.cluster = cluster
+        self._rank_of, self._peer = schedule.rank_of, schedule.peer
         ranks, hosts, rails = topology.size, len(topology.hosts), topology.rails
         self.ranks = ranks
         self.host_of = np.array(topology.host_of, np.int64)
@@ -57,57 +91,44 @@ class Wiring:
             table[host, rail] = self.cluster.nic_in_use(host, rail)
         return table
 
-    def is_local(self, a: Ints, b: Ints) -> NDArray[np.bool_]:
-        return self.host_of[a] == self.host_of[b]
+    def is_local(self, steps: Ints) -> NDArray[np.bool_]:
+        return self.host_of[self._rank_of[steps]] == self.host_of[self._peer[steps]]
 
-    def alpha(self, a: Ints, b: Ints) -> Floats:
-        """Seconds per message from `a` to `b`."""
+    def alpha(self, steps: Ints) -> Floats:
         topology = self.cluster.topology
-        near, far = self.host_of[a], self.host_of[b]
+        near, far = self.host_of[self._rank_of[steps]], self.host_of[self._peer[steps]]
         found = np.where(near == far, topology.intra.alpha, topology.inter.alpha)
         for unit_of, _, _, alpha in self._tiers:
             found = np.where(unit_of[near] != unit_of[far], alpha, found)
         return found
 
-    def overhead(self, ranks: Ints, alpha: Floats) -> Floats:
-        """Seconds that a message keeps each of `ranks` busy."""
-        return OVERHEAD * alpha * self.slowness[ranks] if self.cluster.slowness else OVERHEAD * alpha
+    def copying(self, steps: Ints) -> Pipes:
+        ranks = self._rank_of[steps]
+        rows = np.full((len(steps), self.width), self.unlimited)
+        rows[:, 0] = self.ranks + ranks
+        rows[:, 1] = self._memory + self.host_of[ranks]
+        return Pipes(rows)
 
-    @property
-    def slowness(self) -> Floats:
-        factors = np.ones(self.ranks)
-        for rank, factor in self.cluster.slowness.items():
-            factors[rank] = factor
-        return factors
+    def inside(self, receives: Ints) -> Pipes:
+        source, target = self._peer[receives], self._rank_of[receives]
+        rows = np.full((len(receives), self.width), self.unlimited)
+        rows[:, 0], rows[:, 1] = source, self.ranks + target
+        rows[:, 2] = self._memory + self.host_of[source]
+        return Pipes(rows)
 
-    def inside(self, a: Ints, b: Ints) -> Ints:
-        """The pipes of messages that `b` reads from `a` inside their host, one row each."""
-        rows = np.full((len(a), self.width), self.unlimited)
-        rows[:, 0], rows[:, 1] = a, self.ranks + b
-        rows[:, 2] = self._memory + self.host_of[a]
-        return rows
-
-    def copying(self, a: Ints) -> Ints:
-        """The pipes of what `a` copies or reduces in its own memory."""
-        rows = np.full((len(a), self.width), self.unlimited)
-        rows[:, 0] = self.ranks + a
-        rows[:, 1] = self._memory + self.host_of[a]
-        return rows
-
-    def between(self, a: Ints, b: Ints) -> Ints:
-        """The pipes of messages from `a` to `b` on another host: both NICs of the sender's rail, and the uplinks between."""
-        rows = np.full((len(a), self.width), self.unlimited)
-        near, far, rail = self.host_of[a], self.host_of[b], self._rail_of[a]
+    def between(self, sends: Ints) -> Pipes:
+        source = self._rank_of[sends]
+        rows = np.full((len(sends), self.width), self.unlimited)
+        near, far, rail = self.host_of[source], self.host_of[self._peer[sends]], self._rail_of[source]
         rows[:, 0] = self._out + near * self._rails + rail
         rows[:, 1] = self._in + far * self._rails + self._nics_in[far, rail]
         for index, (unit_of, first, units, _) in enumerate(self._tiers):
             crosses = unit_of[near] != unit_of[far]
             rows[crosses, 2 + 2 * index] = first + unit_of[near[crosses]]
             rows[crosses, 3 + 2 * index] = first + units + unit_of[far[crosses]]
-        return rows
+        return Pipes(rows)
 
     def name(self, pipe: int) -> str:
-        """What a person calls a pipe."""
         hosts, rails = len(self.cluster.topology.hosts), self._rails
         if pipe < self.ranks:
             return f"rank {pipe} out"

@@ -13,6 +13,7 @@ from ncclx_py.plans.spec_file import place
 from ncclx_py.plans.topology import Link, Topology
 from ncclx_py.simulate.cluster import Cluster, Tier
 from ncclx_py.simulate.events import Outcome, play
+from ncclx_py.simulate.representative import applies, play_classes
 from ncclx_py.simulate.schedule import from_plan
 from ncclx_py.simulate.symmetry import find_symmetry
 
@@ -75,6 +76,27 @@ def test_one_plan_stands_for_all_ranks(world: Topology) -> None:
             cluster = Cluster(world)
             assert play(short, cluster).seconds == pytest.approx(play(full, cluster).seconds, rel=5e-3), plan.algorithm
     assert found >= 10
+
+
+@pytest.mark.parametrize("tiers", [(), (Tier("rack", 2, 2e-4, 2.0), Tier("zone", 4, 4e-4, 4.0))], ids=["flat", "tiers"])
+@pytest.mark.parametrize("world", [topology(8, 4, rails=4, gamma=1e-10), topology(8, 2, memory=2e10), topology(16, 1)])
+def test_one_rank_stands_for_its_class(world: Topology, tiers: tuple[Tier, ...]) -> None:
+    cluster, found = Cluster(world, tiers), 0
+    for plan in plans(world, 2 << 20):
+        symmetry = find_symmetry(plan.problem, world, plan.algorithm, plan.parameters)
+        if symmetry is None or not applies(symmetry, cluster):
+            continue
+        found += 1
+        alone, together = play_classes(symmetry, cluster, 4), play(symmetry.schedule(4), cluster)
+        # Blocks that go out in turn cross racks in turn; one rank for all counts them as spread evenly.
+        low, high = (0.99, 1.01) if not tiers else (0.7, 1.35)
+        assert low <= alone.seconds / together.seconds <= high, plan.algorithm
+        if (plan.problem.collective, plan.algorithm) in (
+            ("all_reduce", "hierarchical"),
+            ("all_reduce", "halving_doubling"),
+        ):
+            assert alone.seconds == pytest.approx(together.seconds, rel=0.06)
+    assert found >= 8
 
 
 def test_a_tree_has_no_symmetry() -> None:
@@ -148,4 +170,4 @@ def test_a_plan_that_never_ends_is_named() -> None:
 
 
 def _pipe(outcome: Outcome, name: str) -> int:
-    return next(pipe for pipe in range(outcome.wiring.unlimited) if outcome.wiring.name(pipe) == name)
+    return next(pipe for pipe in range(len(outcome.pipe_bytes) - 1) if outcome.links.name(pipe) == name)
