@@ -11,9 +11,9 @@ import sys
 from collections.abc import Sequence
 
 import ncclx_py
-from ncclx_py.commands import bench, info, launch, plan, probe, tune
+from ncclx_py.commands import bench, diagnose, doctor, info, launch, plan, probe, simulate, tune
 
-COMMANDS = (info, launch, bench, plan, probe, tune)
+COMMANDS = (info, doctor, launch, bench, plan, probe, tune, simulate, diagnose)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -29,7 +29,7 @@ def host_facts(env: Mapping[str, str], gpus: bool = True) -> Facts:
 
     Without `gpus` the links between them are left out, for plans that move CPU memory.
     """
-    names = rail_names(env) or tuple(filter(None, [_default_interface()]))
+    names = rail_names(env) or tuple(filter(None, [default_interface()]))
     return Facts(gpu_link() if gpus else None, tuple(nic_speed(name) for name in names), "devices")
 
 
@@ -94,10 +94,10 @@ def _bus(index: int) -> str:
     return f"{properties.pci_domain_id:08x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"
 
 
-def _default_interface() -> str:
+def default_interface(routes: Path = _ROUTES) -> str:
     """The interface of the default route, "" where there is none."""
     try:
-        lines = _ROUTES.read_text().splitlines()[1:]
+        lines = routes.read_text().splitlines()[1:]
     except OSError:
         return ""
     return next((line.split()[0] for line in lines if line.split()[1] == "00000000"), "")

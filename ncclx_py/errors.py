@@ -8,8 +8,11 @@ code that catches torch's own errors catches ours. A deadline that passed is a `
 from __future__ import annotations
 
 import re
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 from torch.distributed import DistBackendError
 
@@ -37,18 +40,29 @@ class CollectiveTimeout(CollectiveError, TimeoutError):
 
 @dataclass(slots=True)
 class FirstFailure:
-    """The first failure on a group; those of later calls are usually its echo and say so."""
+    """The first failure on a group; those of later calls are usually its echo and say so.
 
-    sequence: int = 0
+    `told` is called with each call that fails, and what ended it, once per call.
+    """
+
+    call: tuple[str, int] = ("", 0)
     message: str = ""
+    told: Callable[[Call, BaseException], None] | None = None
 
 
-@dataclass(slots=True)
+@dataclass(eq=False)
 class Call:
-    """One collective as it was asked for on this rank; named in every error about it.
+    """One collective, or message to a peer, as it was asked for on this rank; named in every error about it, and kept in
+    the trace (``ncclx_py.watch``).
 
-    `timeout` is what the caller asked for (`UNSET_TIMEOUT`: the group's default); `async_op` is False where the
-    caller will not go on before the result is there; `engine` is the library that carries it.
+    `sequence` counts the collectives of a group, and its messages on their own. `timeout` is what the caller asked for
+    (`UNSET_TIMEOUT`: the group's default); `async_op` is False where the caller will not go on before the result is there;
+    `engine` is the library or the algorithm that carries it; `peer` is the group rank that a message goes to or comes
+    from (−1: any, or no message).
+
+    The rest is noted as the call goes on, for the trace: shapes, not tensors; times in ns since the epoch, 0 where that
+    has not happened; the code that called and the instruction in it; how many parts have not ended; and, for what runs as a
+    plan, the decision behind it and, when it failed, `progress`: steps done, steps in all, group ranks waited for.
     """
 
     op: str
@@ -60,10 +74,50 @@ class Call:
     timeout: timedelta = UNSET_TIMEOUT
     async_op: bool = True
     history: FirstFailure = field(default_factory=FirstFailure)
+    message: bool = False
+    peer: int = -1
+
+    number: int = field(default=-1, init=False)
+    inputs: Any = field(default=(), init=False)
+    outputs: Any = field(default=(), init=False)
+    dtype: Any = field(default=None, init=False)
+    root: int = field(default=-1, init=False)
+    reduce_op: Any = field(default=None, init=False)
+    splits: Any = field(default=None, init=False)
+    scheduled_ns: int = field(default=0, init=False)
+    started_ns: int = field(default=0, init=False)
+    finished_ns: int = field(default=0, init=False)
+    code: Any = field(default=None, init=False)
+    instruction: int = field(default=0, init=False)
+    parts: int = field(default=1, init=False)
+    decision: Any = field(default=None, init=False)
+    progress: tuple[int, int, list[int]] | None = field(default=None, init=False)
+    error: str = field(default="", init=False)
+    nan: bool = field(default=False, init=False)  # NCCLX_NAN_CHECK found one in what this rank gave
 
     def __str__(self) -> str:
         engine = f", {self.engine}" if self.engine else ""
-        return f"{self.op} (call {self.sequence} on group {self.group!r}, rank {self.rank} of {self.size}{engine})"
+        kind = "message" if self.message else "call"
+        return f"{self.op} ({kind} {self.sequence} on group {self.group!r}, rank {self.rank} of {self.size}{engine})"
+
+    def begun(self) -> None:
+        """Its first part has begun."""
+        if not self.started_ns:
+            self.started_ns = time.time_ns()
+
+    def over(self) -> None:
+        """One of its parts has ended well."""
+        self.parts -= 1
+        if not self.parts:
+            self.finished_ns = time.time_ns()
+
+    def failed(self, cause: BaseException) -> None:
+        """It, or one of its parts, has failed; only the first time counts."""
+        if not self.error:
+            self.error = str(cause).strip().split("\n", 1)[0] or type(cause).__name__
+            self.finished_ns = time.time_ns()
+            if self.history.told is not None:
+                self.history.told(self, cause)
 
 
 def failure(call: Call, cause: BaseException) -> CollectiveError:
@@ -78,12 +132,13 @@ def failure(call: Call, cause: BaseException) -> CollectiveError:
         kind, remedy = _diagnose(reason)
         story = f"{reason}. {remedy}"
     message = f"{call} failed: {story}"
-    first = call.history
+    first, this = call.history, (call.op, call.sequence)
     if not first.message:
-        first.sequence, first.message = call.sequence, message.replace(" failed: ", ": ", 1)
-    elif first.sequence != call.sequence:
+        first.call, first.message = this, message.replace(" failed: ", ": ", 1)
+    elif first.call != this:
         message += f" The first failure of this group was {first.message}"
     error = kind(message)
+    call.failed(error)
     error.names_call = True
     return error
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
 import platform
@@ -13,6 +12,7 @@ from typing import Any
 
 from ncclx_py.device_facts import host_facts
 from ncclx_py.environment import Launch, read_launch
+from ncclx_py.installed import versions
 from ncclx_py.plans.spec import VARIABLE, resolve
 from ncclx_py.plans.spec_file import read_spec
 from ncclx_py.transport.identity import rail_names
@@ -36,10 +36,10 @@ def collect(env: Mapping[str, str]) -> dict[str, Any]:
     """All facts, in the shape that ``--json`` prints. Raises ValueError for a launch or topology file that is wrong."""
     launch = read_launch(env)
     return {
-        "versions": _versions(),
+        "versions": versions(),
         "devices": _devices(),
         "serves": _serves(),
-        "launch": {name: value for name, value in asdict(launch).items() if name != "placement"},
+        "launch": {name: value for name, value in asdict(launch).items() if name not in ("placement", "components")},
         "topology": _topology(launch, env),
     }
 
@@ -123,37 +123,6 @@ def _topology_text(topology: dict[str, Any]) -> list[str]:
 
 def _speed(value: float | None) -> str:
     return format_bandwidth(value) if value else "none"
-
-
-def _versions() -> dict[str, str | None]:
-    import torch
-
-    import ncclx_py
-
-    return {
-        "ncclx_py": ncclx_py.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "nccl": _nccl_version(),
-        "triton": _package_version("triton"),
-    }
-
-
-def _nccl_version() -> str | None:
-    import torch
-    import torch.distributed as dist
-
-    if not (dist.is_available() and dist.is_nccl_available()):
-        return None
-    return ".".join(str(part) for part in torch.cuda.nccl.version())
-
-
-def _package_version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _devices() -> list[dict[str, Any]]:

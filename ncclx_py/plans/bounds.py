@@ -47,13 +47,13 @@ class Demand:
     `reach`: the number of hosts (or, with one host, ranks) that word from one of them must reach, itself included.
     """
 
-    rank_out: Sequence[int]
-    rank_in: Sequence[int]
-    host_out: Sequence[int]
-    host_in: Sequence[int]
-    messages: int
-    crossings: int
-    reduced: int
+    rank_out: Sequence[float]
+    rank_in: Sequence[float]
+    host_out: Sequence[float]
+    host_in: Sequence[float]
+    messages: float
+    crossings: float
+    reduced: float
     reach: int
 
 
@@ -67,7 +67,7 @@ def lower_bound(problem: Problem, topology: Topology, itemsize: int) -> Bound:
     return _bound(demand(problem, topology), topology, itemsize)
 
 
-def even_all_to_all_bound(block: int, topology: Topology) -> Bound:
+def even_all_to_all_bound(block: float, topology: Topology) -> Bound:
     """Of blocks of `block` bytes between all ranks of a topology whose hosts are alike: `lower_bound` without a matrix."""
     ranks, hosts, width = topology.size, len(topology.hosts), topology.widest
     rank, host = (ranks - 1) * block, width * (ranks - width) * block
@@ -198,7 +198,7 @@ _DEMANDS: dict[str, Callable[[Problem, Topology], Demand]] = {
 }
 
 
-def _mirrored(there: Demand, reduced: int) -> Demand:
+def _mirrored(there: Demand, reduced: float) -> Demand:
     """The demand of the same traffic backwards."""
     return Demand(
         there.rank_in,

@@ -74,7 +74,10 @@ def plan_from_json(text: str, name: str = "plan") -> Plan:
     """
     try:
         found = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # no JSON, a number of thousands of digits, brackets nested too deeply
         raise PlanFileError(f"{name}: is not JSON: {error}") from error
     record = _Record(found, name, "", ("schema", "algorithm", "parameters", "problem", "ranks"))
     if record.get("schema", _string, "") != SCHEMA:

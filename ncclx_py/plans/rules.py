@@ -71,7 +71,7 @@ class Rule:
 
     def fits(self, topology: Topology) -> bool:
         """Whether the conditions on the topology hold."""
-        hosts, ranks = len(topology.hosts), max(map(len, topology.hosts))
+        hosts, ranks = len(topology.hosts), topology.widest
         here = "intra" if hosts == 1 else "inter" if ranks == 1 else "both"
         return self.level in ("", here) and hosts in self.hosts and ranks in self.ranks_per_host
 
@@ -122,7 +122,7 @@ def forced_rules(text: str, name: str = "") -> tuple[Rule, ...]:
 def _toml_rows(path: str | Path, text: str) -> list[tuple[str, dict[str, Any]]]:
     try:
         table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # brackets nested too deeply
         raise ValueError(f"The rule file {path} is not TOML: {error}.") from error
     rows = table.get("rule", [])
     if set(table) - {"rule"} or not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):

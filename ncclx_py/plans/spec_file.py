@@ -20,26 +20,37 @@
     rail = 0
     bandwidth = "100Mbit/s"
 
+    [[tier]]                         # optional, for `ncclx simulate`: switches above the hosts, the smallest units first
+    name = "rack"
+    hosts = 16                       # that follow one another and share an uplink
+    alpha = "100us"                  # per message that leaves a unit
+    oversubscription = 2.8           # what its NICs can send over what its uplink carries (default 1)
+
 Hosts are numbered as in `placement`; with "block" and "cyclic" in the order of `ranks_per_host`.
 """
 
 from __future__ import annotations
 
 import tomllib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ncclx_py.plans.topology import Topology
+from ncclx_py.plans.topology import Tier, Topology
 from ncclx_py.units import parse_bandwidth, parse_time
 
 _KEYS = {
-    "": ("hosts", "ranks_per_host", "placement", "rails", "intra", "inter", "nic"),
+    "": ("hosts", "ranks_per_host", "placement", "rails", "intra", "inter", "nic", "tier"),
     "intra": ("alpha", "bandwidth", "memory", "reduction"),
     "inter": ("alpha", "bandwidth"),
     "nic": ("host", "rail", "bandwidth"),
+    "tier": ("name", "hosts", "alpha", "oversubscription"),
 }
+
+_MOST_RAILS = 1024
+_MOST = 10_000_000  # ranks: more is a mistake, and would not fit into memory
 
 
 @dataclass(frozen=True)
@@ -59,6 +70,7 @@ class Spec:
     memory: float = 0.0
     gamma: float = 0.0
     nics: Mapping[tuple[int, int], float] = field(default_factory=dict)
+    tiers: tuple[Tier, ...] = ()
 
 
 def read_spec(path: str | Path) -> Spec:
@@ -69,7 +81,7 @@ def read_spec(path: str | Path) -> Spec:
         raise ValueError(f"The topology file {path} cannot be read: {error}.") from error
     try:
         table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # brackets nested too deeply
         raise ValueError(f"The topology file {path} is not TOML: {error}.") from error
     return _Reader(str(path), table).spec()
 
@@ -118,6 +130,8 @@ class _Reader:
         stated = self._host_of()
         order = {host: number for number, host in enumerate(dict.fromkeys(stated))}
         rails = self._whole("rails", self.table["rails"], 1) if "rails" in self.table else 0
+        if rails > _MOST_RAILS:
+            self._fail("rails", rails, f"a host has at most {_MOST_RAILS} NICs")
         nics = self._nics(len(order), rails)
         reduction = self._bandwidth("intra", intra, "reduction")
         return Spec(
@@ -131,6 +145,7 @@ class _Reader:
             self._bandwidth("intra", intra, "memory") or 0.0,
             1 / reduction if reduction else 0.0,
             {(order.get(host, host), rail): value for (host, rail), value in nics.items()},
+            self._tiers(),
         )
 
     def _host_of(self) -> tuple[int, ...]:
@@ -138,9 +153,10 @@ class _Reader:
         counts = self._counts()
         if isinstance(placement, list):
             hosts = [self._whole("placement", host, 0) for host in placement]
-            if not hosts or set(hosts) != set(range(max(hosts) + 1)):
+            found = Counter(hosts)
+            if not hosts or max(hosts) != len(found) - 1:
                 self._fail("placement", placement, "name each host 0 to N - 1 for at least one rank")
-            held = [hosts.count(host) for host in range(max(hosts) + 1)]
+            held = [found[host] for host in range(len(found))]
             if counts and held != counts:
                 self._fail("placement", placement, f"it gives {held} ranks per host, but ranks_per_host says {counts}")
             if "hosts" in self.table and len(held) != self._whole("hosts", self.table["hosts"], 1):
@@ -163,15 +179,16 @@ class _Reader:
                 self._fail("ranks_per_host", given, f"it has {len(counts)} numbers, but hosts = {hosts}")
             if not counts:
                 self._fail("ranks_per_host", given, "name at least one host")
+            self._possible("ranks_per_host", given, sum(counts))
             return counts
         if hosts is None:
             self._fail("ranks_per_host", given, "give hosts as well, or one number per host")
-        return [self._whole("ranks_per_host", given, 1)] * hosts
+        each = self._whole("ranks_per_host", given, 1)
+        self._possible("hosts", hosts, each * hosts)
+        return [each] * hosts
 
     def _nics(self, hosts: int, rails: int) -> dict[tuple[int, int], float]:
-        entries = self.table.get("nic", [])
-        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            self._fail("nic", entries, "write each NIC as a table [[nic]] with host, rail and bandwidth")
+        entries = self._entries("nic", "write each NIC as a table [[nic]] with host, rail and bandwidth")
         nics: dict[tuple[int, int], float] = {}
         for index, entry in enumerate(entries):
             where = f"nic[{index}]"
@@ -188,6 +205,32 @@ class _Reader:
                 self._fail(where, at, "this host and rail were given before")
             nics[at] = self._bandwidth(where, entry, "bandwidth") or 0.0
         return nics
+
+    def _tiers(self) -> tuple[Tier, ...]:
+        tiers: list[Tier] = []
+        for index, entry in enumerate(
+            self._entries("tier", "write each tier as a table [[tier]] with name, hosts and alpha")
+        ):
+            where = f"tier[{index}]"
+            self._known("tier", entry, where)
+            for key in ("name", "hosts", "alpha"):
+                if key not in entry:
+                    self._fail(f"{where}.{key}", None, "it is missing")
+            hosts = self._whole(f"{where}.hosts", entry["hosts"], 1)
+            if tiers and hosts <= tiers[-1].hosts:
+                self._fail(f"{where}.hosts", hosts, f"it must be more than the {tiers[-1].hosts} of the tier before")
+            ratio = entry.get("oversubscription", 1.0)
+            if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio < 1e6:
+                self._fail(f"{where}.oversubscription", ratio, "give a number above 0")
+            alpha = self._time(where, entry, "alpha")
+            tiers.append(Tier(str(entry["name"]), hosts, alpha or 0.0, float(ratio)))
+        return tuple(tiers)
+
+    def _entries(self, name: str, remedy: str) -> list[dict[str, Any]]:
+        entries = self.table.get(name, [])
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            self._fail(name, entries, remedy)
+        return entries
 
     def _section(self, name: str) -> dict[str, Any]:
         section = self.table.get(name, {})
@@ -207,6 +250,10 @@ class _Reader:
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             self._fail(key, value, f"give a whole number, at least {least}")
         return int(value)
+
+    def _possible(self, key: str, value: Any, ranks: int) -> None:
+        if ranks > _MOST:
+            self._fail(key, value, f"that makes {ranks} ranks; at most {_MOST} fit")
 
     def _time(self, where: str, table: dict[str, Any], key: str) -> float | None:
         return self._quantity(where, table, key, parse_time)

@@ -63,7 +63,10 @@ def read_table(path: str | Path) -> Table:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"The table {path} cannot be read: {error}.") from error
-    except json.JSONDecodeError as error:
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # no JSON, a number of thousands of digits, brackets nested too deeply
         raise ValueError(f"The table {path} is not JSON: {error}.") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT or not isinstance(data.get("rows"), list):
         raise ValueError(

@@ -21,6 +21,21 @@ class Link:
 # of one rank therefore start a quarter of α apart, and m of them that travel at once take α + (m − 1)·OVERHEAD·α.
 OVERHEAD = 0.25
 
+
+@dataclass(frozen=True, slots=True)
+class Tier:
+    """Switches above hosts: units of `hosts` hosts that follow one another (a rack, a zone) behind one uplink.
+
+    `alpha` seconds for a message that leaves its unit; `oversubscription` is what the NICs of a unit can send over what its
+    uplink carries (1: it carries all).
+    """
+
+    name: str
+    hosts: int
+    alpha: float
+    oversubscription: float = 1.0
+
+
 DEFAULT_INTRA = Link(alpha=5e-6, bandwidth=8e9)
 DEFAULT_INTER = Link(alpha=50e-6, bandwidth=1.25e9)
 

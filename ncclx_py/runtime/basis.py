@@ -7,7 +7,7 @@ publishes what it has, before anything runs, and a difference is an error on all
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -24,6 +24,7 @@ from ncclx_py.plans.topology import Topology
 from ncclx_py.plans.tuner import Tuner
 from ncclx_py.plans.verify import verify
 from ncclx_py.runtime.settings import Settings, differences, read_settings, shared_part
+from ncclx_py.transport.exchange import exchange
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ def agree(
         part = shared_part(basis.settings, basis.tuner.digest())
     except (ValueError, OSError) as error:
         part = {"error": str(error)}
-    parts = exchange(store, "basis", member, json.dumps(part), timeout, json.loads)
+    texts = exchange(store, "basis", member.rank, member.size, json.dumps(part), timeout)
+    parts = [json.loads(text) for text in texts]
     for rank, other in enumerate(parts):
         if "error" in other:
             raise CollectiveError(f"Group {member.group!r} cannot be made: rank {rank} reports: {other['error']}")
@@ -90,26 +92,13 @@ def host_reports(
     if len(set(host_of)) == 1:
         return {}
     mine = host_facts(env, gpus)
-    reports = exchange(store, "facts", member, json.dumps([mine.intra_bandwidth, mine.nics]), timeout, json.loads)
+    texts = exchange(store, "facts", member.rank, member.size, json.dumps([mine.intra_bandwidth, mine.nics]), timeout)
     facts: dict[int, Facts] = {}
-    for host, (bandwidth, nics) in zip(host_of, reports):
-        facts.setdefault(host, Facts(bandwidth, tuple(nics), "devices"))
+    for host, text in zip(host_of, texts):
+        if host not in facts:
+            bandwidth, nics = json.loads(text)
+            facts[host] = Facts(bandwidth, tuple(nics), "devices")
     return facts
-
-
-def exchange(
-    store: Any,
-    what: str,
-    member: Membership,
-    mine: str,
-    timeout: timedelta,
-    read: Callable[[bytes], Any] = bytes.decode,
-) -> list[Any]:
-    """What each rank of the group has given as `what`, in order of rank."""
-    keys = [f"{what}/{rank}" for rank in range(member.size)]
-    store.set(keys[member.rank], mine)
-    store.wait(keys, timeout)
-    return [read(text) for text in store.multi_get(keys)]
 
 
 def group_topology(

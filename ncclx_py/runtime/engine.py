@@ -37,6 +37,10 @@ _CACHED = 256  # plans per group; the one unused for longest goes first
 _VERDICT_BYTES = 1024
 
 
+class _Refused(CollectiveError):
+    """A plan failed its verification, as all ranks know."""
+
+
 @dataclass(slots=True)
 class Request:
     """One collective: `name` as its caller knows it, the caller's flat buffers as the plan names them, and `op`, a
@@ -81,7 +85,14 @@ class Engine:
 
         Inside one host long vectors run in slices, whose copies in shared memory stay in use from one to the next.
         """
-        deadline = time.monotonic() + request.seconds
+        try:
+            self._run_in_slices(request, job, time.monotonic() + request.seconds)
+        except BaseException:
+            if self._executor.stuck is not None:
+                job.stuck_at(self._executor.stuck)
+            raise
+
+    def _run_in_slices(self, request: Request, job: Job, deadline: float) -> None:
         tensor = next(iter(request.buffers.values()))
         length = SLICE // tensor.element_size()
         if request.problem.count <= length or len(self.topology.hosts) > 1 or self._from_file(request.problem):
@@ -99,17 +110,32 @@ class Engine:
         key = (request.name, request.problem, tensor.element_size())
         ready = self._ready.get(key)
         if ready is None:
-            ready = self._prepare(request, tensor, deadline)
+            ready = self._prepared(request, tensor, deadline)
             self._ready[key] = ready
             if len(self._ready) > _CACHED:
                 self._ready.popitem(last=False)
         else:
             self._ready.move_to_end(key)
-        job.carried_by(ready.decision.algorithm)
+        job.carried_by(ready.decision.algorithm, ready.decision)
         buffers = separate(request.buffers, ready.plan, ready.in_place)
         signature = self._sign(request.name, tensor.dtype, _elements(request.problem), request.root, request.op)
         self._execute(ready.schedule, buffers, request.op, signature, deadline)
         ready.decision.calls += 1
+
+    def progress(self) -> tuple[int, int, list[int]] | None:
+        """How far the plan that runs now is: steps done, steps in all, ranks waited for. From any thread."""
+        found: tuple[int, int, list[int]] | None = self._executor.progress()
+        return found
+
+    def _prepared(self, request: Request, tensor: Tensor, deadline: float) -> _Ready:
+        """`_prepare`; what goes wrong on this rank alone ends the call on the others at once, not at their deadline."""
+        try:
+            return self._prepare(request, tensor, deadline)
+        except _Refused:
+            raise
+        except BaseException as error:
+            self._executor.abort(f"{request.name}: no plan could be prepared: {str(error) or type(error).__name__}")
+            raise
 
     def _prepare(self, request: Request, tensor: Tensor, deadline: float) -> _Ready:
         problem, itemsize = request.problem, tensor.element_size()
@@ -147,7 +173,7 @@ class Engine:
         verdict = self._judge(request.problem, choice) if self._rank == 0 else ""
         verdict = self._announce(verdict, request, dtype, deadline)
         if verdict:
-            raise CollectiveError(
+            raise _Refused(
                 f"The plan {choice.algorithm} of {request.name} failed its verification and was not run: {verdict}. Choose "
                 "another algorithm with a rule file (NCCLX_RULES), and report this one."
             )

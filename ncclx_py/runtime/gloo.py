@@ -83,13 +83,22 @@ class GlooBackend(LocalBackend):
         return CollectiveWork(call, works, []) if works else None
 
     def launch(self, call: Call, launches: Sequence[Launch], outputs: list[Any], stage: Staging) -> CollectiveWork:
+        call.parts = len(launches)
+        if self._plans is not None:
+            self._plans.asking.call = call
         works = [guarded(call, launch) for launch in launches]
         for work in works:
             if isinstance(work, Job):
                 work.belongs_to(call)
+            else:
+                self.unended.add(call, work)
+        if self._plans is None:  # a group of one: it is done
+            call.begun()
+            call.parts, call.finished_ns = 0, call.started_ns
         return self._batched(CollectiveWork(call, works, outputs, stage.finish, self._pending))
 
     def exchange(self, call: Call, launch: Launch, tensor: Tensor, stage: Staging) -> CollectiveWork:
+        call.begun()
         native = guarded(call, launch)
         return self._batched(PeerWork(call, native, tensor, stage.finish, self._pending, sends=call.op == "send"))
 
@@ -99,6 +108,18 @@ class GlooBackend(LocalBackend):
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A tensor that the other ranks of this host read in place."""
         return self._plans.fabric.arena.allocate(shape, dtype) if self._plans else torch.empty(*shape, dtype=dtype)
+
+    def running(self) -> tuple[Call | None, tuple[int, int, list[int]] | None]:
+        return self._plans.running() if self._plans is not None else (None, None)
+
+    def look(self) -> str:
+        return self._plans.fabric.look_aside() if self._plans is not None else ""
+
+    def peers(self) -> dict[int, str]:
+        return self._plans.fabric.peers() if self._plans is not None else {}
+
+    def links(self) -> list[dict[str, int]]:
+        return self._plans.fabric.links() if self._plans is not None else []
 
     def shutdown(self) -> None:
         """Waits for what still runs, as long as the group's timeout allows."""

@@ -6,6 +6,7 @@ torch asks a Python process group for much through private names; each is here f
 from __future__ import annotations
 
 import atexit
+import os
 import sys
 import weakref
 from collections.abc import Callable, Sequence
@@ -18,12 +19,15 @@ from torch import Tensor
 from torch.autograd import profiler
 
 from ncclx_py.errors import UNSET_TIMEOUT, Call, CollectiveError, FirstFailure
+from ncclx_py.runtime import nan_check
 from ncclx_py.runtime.basis import Membership
 from ncclx_py.runtime.choices import Decision
 from ncclx_py.runtime.devices import Devices, device_types
 from ncclx_py.runtime.gloo import GlooBackend
 from ncclx_py.runtime.local import LocalBackend, guarded
 from ncclx_py.runtime.work import CollectiveWork
+from ncclx_py.watch import triggers
+from ncclx_py.watch.trace import TRACE
 
 GRACE = 5.0  # seconds that running collectives get when the process ends normally
 
@@ -42,41 +46,60 @@ class GroupBase(_ProcessGroup):
         self._group_name = member.group
         self._group_desc = "undefined"
         self._sequence = 0
+        self._messages: dict[tuple[str, int], int] = {}  # by direction and peer
         self._ended = ""
-        self._history = FirstFailure()
+        self._checks_nan = nan_check.wanted(os.environ)
+        self._facts = TRACE.join(member.group, member.rank, member.ranks, member.world, self)
+        self._history = FirstFailure(told=self._failed)
+        triggers.start(member.group, member.size)
         call = Call("connecting", member.group, member.rank, member.size, 0, history=self._history)
+        TRACE.scheduled(call, [])
+        call.begun()
         self._devices = guarded(call, lambda: Devices(store, member, timeout, options))
+        call.over()
         _open_groups.add(self)
 
     # One call
 
     def ask(self, op: str, opts: Any = None, timeout: timedelta | None = None) -> Call:
-        """Opens a call: numbers it and takes its timeout from the options or the argument."""
-        self._sequence += 1
+        """Opens a call: takes its timeout from the options or the argument, and the next number, which is its own once it
+        has been started."""
         return Call(
             op,
             self._group_name,
             self.rank(),
             self.size(),
-            self._sequence,
+            self._sequence + 1,
             timeout=timeout if timeout is not None else getattr(opts, "timeout", UNSET_TIMEOUT),
             async_op=getattr(opts, "asyncOp", True),
             history=self._history,
         )
 
+    def message(self, op: str, peer: int = -1) -> Call:
+        """Opens a message to a peer or from one (-1: any). It is numbered among those of this direction between the two, so
+        that the number is the same at both ends."""
+        sequence = self._messages.get((op, peer), 0) + 1
+        return Call(
+            op, self._group_name, self.rank(), self.size(), sequence, history=self._history, message=True, peer=peer
+        )
+
     def start(
         self,
         call: Call,
-        where: Tensor | torch.device | list[Tensor],
+        inputs: Tensor | torch.device | list[Tensor],
         run: Callable[[LocalBackend], CollectiveWork | None],
+        outputs: Tensor | list[Tensor] | None = None,
     ) -> CollectiveWork | None:
-        """Runs a checked call on the local backend of the device of `where`."""
-        if isinstance(where, list):
-            if not where:
-                raise ValueError(f"{call}: needs at least one tensor.")
-            where = where[0]
-        device = where.device if isinstance(where, Tensor) else where
-        local = self._local(call, device)
+        """Runs a checked call on the local backend of the device of `inputs`, which it overwrites where there are no
+        `outputs`."""
+        if isinstance(inputs, list) and not inputs:
+            raise ValueError(f"{call}: needs at least one tensor.")
+        where = inputs[0] if isinstance(inputs, list) else inputs
+        self._count(call)
+        TRACE.scheduled(call, inputs, outputs)
+        if self._checks_nan:
+            nan_check.check(call, inputs)
+        local = self._local(call, where.device if isinstance(where, Tensor) else where)
         if not profiler._is_profiler_enabled:
             return run(local)
         with profiler.record_function(f"ncclx::{call.op}"):
@@ -88,13 +111,26 @@ class GroupBase(_ProcessGroup):
         return CollectiveWork(call, started, outputs) if started else None
 
     def monitored(self, call: Call, wait_all_ranks: bool) -> None:
+        self._count(call)
+        TRACE.scheduled(call, [])
         local = self._local(call, torch.device("cpu"))
+        call.begun()
         guarded(call, lambda: local.native.monitored_barrier(call.timeout, wait_all_ranks))
+        call.over()
+
+    def _count(self, call: Call) -> None:
+        """A call that was refused before it was started has no number: other ranks may not have made it."""
+        if call.message:
+            self._messages[call.op, call.peer] = call.sequence
+        else:
+            self._sequence = call.sequence
 
     def _local(self, call: Call, device: torch.device) -> LocalBackend:
         """The local backend of a device, noted in the call. Raises `CollectiveError` when the group has ended."""
         if self._ended:
-            raise CollectiveError(f"{call} refused: the group has been {self._ended}. Make a new group.")
+            error = CollectiveError(f"{call} refused: the group has been {self._ended}. Make a new group.")
+            call.failed(error)
+            raise error
         local = guarded(call, lambda: self._devices.backend(device.type))
         call.engine = local.name
         return local
@@ -123,7 +159,7 @@ class GroupBase(_ProcessGroup):
         return self._group_desc
 
     def setGroupDesc(self, description: str) -> None:
-        self._group_desc = description
+        self._group_desc = self._facts.desc = description
 
     def get_group_store(self) -> Any:
         return self._store
@@ -150,11 +186,61 @@ class GroupBase(_ProcessGroup):
     def _has_hooks(self) -> bool:
         return False
 
+    # Trace
+
+    def running(self) -> list[tuple[Call, tuple[int, int, list[int]] | None]]:
+        """The calls that plans carry out now, and how far they are; what a library alone can tell is noted in its calls."""
+        found = []
+        for local in self._made():
+            local.unended.look()
+            call, progress = local.running()
+            if call is not None:
+                found.append((call, progress))
+        return found
+
+    def look(self) -> str:
+        """Why this group has been aborted, here or on another rank; "" while it has not. From any thread."""
+        for local in self._made():
+            self._facts.reason = self._facts.reason or local.look()
+        return self._facts.reason
+
+    def late(self) -> str:
+        """What is about to pass its deadline in a library that then ends the process; "" where nothing is. From any thread."""
+        return next((text for local in self._made() if (text := local.late())), "")
+
+    @property
+    def global_ranks(self) -> tuple[int, ...]:
+        """The global rank of each rank of this group."""
+        return self._facts.ranks
+
+    @property
+    def ended(self) -> str:
+        """ "destroyed", "aborted" or "left"; "" while the group lives."""
+        return self._ended
+
+    def peers(self) -> dict[int, str]:
+        """What is known of the processes of other global ranks: "alive", "stopped" or "gone"."""
+        known = {rank: state for local in self._made() for rank, state in local.peers().items()}
+        return {self._facts.ranks[rank]: state for rank, state in known.items()}
+
+    def links(self) -> list[dict[str, int]]:
+        """What the kernel knows of this rank's data connections to ranks of other hosts; `peer` is a global rank."""
+        found = [link for local in self._made() for link in local.links()]
+        return [{**link, "peer": self._facts.ranks[link["peer"]]} for link in found]
+
+    def _made(self) -> list[LocalBackend]:
+        devices: Devices | None = getattr(self, "_devices", None)  # not there yet while the group is being connected
+        return devices.made() if devices is not None else []
+
+    def _failed(self, call: Call, cause: BaseException) -> None:
+        self._facts.reason = self._facts.reason or call.error
+        triggers.failed(call.group, cause)
+
     # Plans
 
     def decisions(self) -> list[Decision]:
         """Which algorithms carried this group's collectives on this rank, and why; see ``ncclx_py.explain``."""
-        return [decision for local in self._devices.made() for decision in local.decisions()]
+        return [decision for local in self._made() for decision in local.decisions()]
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """See ``ncclx_py.empty``."""

@@ -29,6 +29,7 @@ from torch.distributed.distributed_c10d import (
 
 from ncclx_py.errors import Call, failure
 from ncclx_py.runtime.choices import Decision
+from ncclx_py.runtime.pending import Unended
 from ncclx_py.runtime.reduction import Recipe
 from ncclx_py.runtime.staging import Staging
 from ncclx_py.runtime.work import CollectiveWork
@@ -51,6 +52,7 @@ class LocalBackend:
         self.native = native
         self.rank = rank
         self.size = size
+        self.unended = Unended()
 
     def natives(self) -> list[Any]:
         """All c10d backends in use."""
@@ -98,6 +100,27 @@ class LocalBackend:
         """Ends them now: whatever runs fails."""
         for native in self.natives():
             native.abort()
+
+    def running(self) -> tuple[Call | None, tuple[int, int, list[int]] | None]:
+        """The call that a plan carries out now, and how far it is (``planned.py``); None where that is not known."""
+        return None, None
+
+    def look(self) -> str:
+        """Why the connections of this group have been aborted, here or by a peer; "" while they have not, or where only the
+        library knows. From any thread, without waiting."""
+        return ""
+
+    def late(self) -> str:
+        """What is about to pass its deadline in a library that then ends the process; "" where nothing is. From any thread."""
+        return ""
+
+    def peers(self) -> dict[int, str]:
+        """What is known of the processes of the other ranks: "alive", "stopped" or "gone". From any thread."""
+        return {}
+
+    def links(self) -> list[dict[str, int]]:
+        """Figures of the connections that carry this rank's data to other hosts (`Fabric.links`). From any thread."""
+        return []
 
     def set_timeout(self, timeout: timedelta) -> None:
         """The default of calls from now on."""

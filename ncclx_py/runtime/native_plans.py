@@ -36,10 +36,11 @@ from ncclx_py.plans.plan import INTER, Problem, RankPlan, Span, Step
 from ncclx_py.plans.problems import payload
 from ncclx_py.plans.tuner import Choice
 from ncclx_py.plans.verify import verify
-from ncclx_py.runtime.basis import Basis, Membership, agree, exchange
+from ncclx_py.runtime.basis import Basis, Membership, agree
 from ncclx_py.runtime.choices import Decision, Decisions
 from ncclx_py.runtime.engine import separate, structure
 from ncclx_py.runtime.reduction import kind
+from ncclx_py.transport.exchange import exchange
 from ncclx_py.transport.identity import host_id, rail_names
 
 Matrix = tuple[tuple[int, ...], ...]
@@ -362,7 +363,7 @@ def two_levels(
     """
     if member.size == 1:
         return None
-    hosts = exchange(dist.PrefixStore("hosts/", store), "host", member, host_id(env), timeout)
+    hosts = exchange(dist.PrefixStore("hosts/", store), "host", member.rank, member.size, host_id(env), timeout)
     if len(set(hosts)) == 1:
         return None
     numbers = list(dict.fromkeys(hosts))

@@ -25,6 +25,8 @@ from ncclx_py.runtime.reduction import Recipe, nccl_recipe
 from ncclx_py.runtime.staging import Staging
 from ncclx_py.runtime.work import CollectiveWork
 
+_BEFORE = 5.0  # seconds before its deadline, from which on a call counts as hung
+
 Levels = Callable[[Any], NativePlans | None]
 
 
@@ -63,6 +65,7 @@ class NcclBackend(LocalBackend):
         self._connect = connect
         self._downward: Any = None
         self._batch: list[Callable[[], None]] | None = None
+        self._calls: list[Call] = []  # of the batch
         self._outputs: list[Any] = []
 
     @property
@@ -79,14 +82,18 @@ class NcclBackend(LocalBackend):
         return nccl_recipe(op, dtype, self.size)
 
     def start_batch(self) -> None:
-        self._batch, self._outputs = [], []
+        self._batch, self._outputs, self._calls = [], [], []
         self.native._start_coalescing()
 
     def end_batch(self, call: Call) -> CollectiveWork | None:
         finishes, outputs = self._batch or [], self._outputs
         self._batch, self._outputs = None, []
         work = guarded(call, self.native._end_coalescing)
-        return CollectiveWork(call, [work], outputs, partial(_run, finishes) if finishes else None) if work else None
+        if not work:
+            return None
+        for batched in self._calls:
+            self.unended.add(batched, work)
+        return CollectiveWork(call, [work], outputs, partial(_run, finishes) if finishes else None)
 
     def launch(
         self, call: Call, launches: Sequence[Launch], outputs: list[Any], stage: Staging
@@ -94,19 +101,20 @@ class NcclBackend(LocalBackend):
         if self._batch is not None:
             for launch in launches:
                 guarded(call, launch)
-            self._defer(outputs, stage)
+            self._defer(call, outputs, stage)
             return None
         if (
             len(launches) == 1 or self._plans is not None
         ):  # steps of plans wait for one another: they cannot be one group
-            return CollectiveWork(call, [guarded(call, launch) for launch in launches], outputs, stage.finish)
+            call.parts = len(launches)
+            return self._handle(call, [guarded(call, launch) for launch in launches], outputs, stage)
         self.native._start_coalescing()
         try:
             for launch in launches:
                 guarded(call, launch)
         finally:  # NCCL's group must be closed, also when a part of it was refused
             work = guarded(call, self.native._end_coalescing)
-        return CollectiveWork(call, [work], outputs, stage.finish)
+        return self._handle(call, [work], outputs, stage)
 
     def send(self, call: Call, tensor: Tensor, to: int, tag: int) -> CollectiveWork | None:
         stage = Staging(self.wire)
@@ -121,9 +129,15 @@ class NcclBackend(LocalBackend):
     def exchange(self, call: Call, launch: Launch, tensor: Tensor, stage: Staging) -> CollectiveWork | None:
         if self._batch is not None:
             guarded(call, launch)
-            self._defer([tensor], stage)
+            self._defer(call, [tensor], stage)
             return None
-        return CollectiveWork(call, [guarded(call, launch)], [tensor], stage.finish)
+        return self._handle(call, [guarded(call, launch)], [tensor], stage)
+
+    def late(self) -> str:
+        """NCCL's watchdog in torch ends the process at the deadline: the trace must be written before."""
+        seconds = self.native.options._timeout.total_seconds()
+        call = self.unended.older_than(max(seconds - _BEFORE, seconds / 2))
+        return f"{call} has not ended, and its deadline of {seconds:g} s is near" if call is not None else ""
 
     def natives(self) -> list[Any]:
         made = [self.native] if self._downward is None else [self.native, self._downward]
@@ -137,7 +151,13 @@ class NcclBackend(LocalBackend):
             self._downward = self._connect("cuda-downward")
         return self._downward
 
-    def _defer(self, outputs: list[Any], stage: Staging) -> None:
+    def _handle(self, call: Call, works: list[Any], outputs: list[Any], stage: Staging) -> CollectiveWork:
+        for work in works:
+            self.unended.add(call, work)
+        return CollectiveWork(call, works, outputs, stage.finish)
+
+    def _defer(self, call: Call, outputs: list[Any], stage: Staging) -> None:
+        self._calls.append(call)
         self._outputs.extend(outputs)
         if stage.finish is not None and self._batch is not None:
             self._batch.append(stage.finish)

@@ -9,11 +9,49 @@ from __future__ import annotations
 
 import threading
 import time
-from datetime import timedelta
+from collections import deque
 from typing import Any
 
+import torch
+
+from ncclx_py.errors import Call, failure
+
 _POLL = 0.002  # seconds
-_FOR_EVER = timedelta(days=365)  # a send that times out in gloo closes every connection of the group
+
+
+class Unended:
+    """Calls whose library says only when it is asked whether they have ended: NCCL's, and gloo's of sparse tensors.
+
+    They end in the order in which they were started. Nothing is asked while a CUDA graph is captured.
+    """
+
+    def __init__(self) -> None:
+        self._calls: deque[tuple[Call, Any]] = deque()
+        self._looking = threading.Lock()
+
+    def add(self, call: Call, work: Any) -> None:
+        call.begun()
+        self._calls.append((call, work))
+        if len(self._calls) > 1:
+            self.look()
+
+    def look(self) -> None:
+        """Notes which calls have ended. From any thread; who finds another one looking leaves it to it."""
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            return
+        if self._looking.acquire(blocking=False):
+            try:
+                while self._calls and self._calls[0][1].is_completed():
+                    self._calls.popleft()[0].over()
+            finally:
+                self._looking.release()
+
+    def older_than(self, seconds: float) -> Call | None:
+        """The first call, where it began that long ago and has not ended. From any thread."""
+        first = next(iter(list(self._calls)), None)
+        if first is None or time.time_ns() - first[0].started_ns < seconds * 1e9 or first[1].is_completed():
+            return None
+        return first[0]
 
 
 class Pending:
@@ -36,9 +74,9 @@ class Pending:
         with self._lock:
             self._works.discard(work)
 
-    def hold_send(self, native: Any) -> None:
-        """Keeps a send alive that its caller has let go of."""
-        thread = threading.Thread(target=_finish_send, args=(native,), name="ncclx-send", daemon=True)
+    def hold_send(self, call: Call, native: Any) -> None:
+        """Keeps a send alive that its caller has let go of, until it is through or the group's timeout ends it."""
+        thread = threading.Thread(target=_finish_send, args=(call, native), name="ncclx-send", daemon=True)
         with self._lock:
             self._sends = {known for known in self._sends if known.is_alive()} | {thread}
         thread.start()
@@ -58,8 +96,10 @@ class Pending:
         return True
 
 
-def _finish_send(native: Any) -> None:
+def _finish_send(call: Call, native: Any) -> None:
     try:
-        native.wait(_FOR_EVER)
-    except RuntimeError:
-        return  # the connection is gone; every later call on the group says so
+        native.wait()
+    except RuntimeError as error:
+        failure(call, error)  # gloo has closed the connections of the group; every later call on it says so
+    else:
+        call.over()

@@ -8,6 +8,7 @@ of one rank, where every collective is a copy at most.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ncclx_py.errors import CollectiveError
+from ncclx_py.errors import Call, CollectiveError
 from ncclx_py.plans.plan import Problem
 from ncclx_py.runtime.basis import Membership, agree
 from ncclx_py.runtime.choices import Decision
@@ -29,14 +30,22 @@ from ncclx_py.transport.fabric import Fabric
 _GRACE = 10.0  # seconds that an aborted collective gets to notice
 
 
+class _Asking(threading.local):
+    """The call that this thread is about to start."""
+
+    call: Call | None = None
+
+
 class PlannedNative:
     """Collectives among the ranks of a fabric. All tensors are one-dimensional and contiguous.
 
-    `timeout` is asked for the default of calls that do not bring their own.
+    `timeout` is asked for the default of calls that do not bring their own. Whoever calls a method on behalf of a call
+    says so in ``asking.call`` first.
     """
 
     def __init__(self, engine: Engine, fabric: Fabric, group: str, timeout: Callable[[], timedelta]) -> None:
         self.fabric = fabric
+        self.asking = _Asking()
         self._engine = engine
         self._progress = Progress(group)
         self._rank, self._size = fabric.rank, fabric.size
@@ -44,6 +53,10 @@ class PlannedNative:
 
     def decisions(self) -> list[Decision]:
         return self._engine.decisions.all()
+
+    def running(self) -> tuple[Call | None, tuple[int, int, list[int]] | None]:
+        """The call that runs now and how far its plan is: steps done, steps in all, ranks waited for. From any thread."""
+        return self._progress.running, self._engine.progress()
 
     def abort(self, reason: str) -> None:
         """Ends what runs and what waits to run, here and on the other ranks, and lets go of everything."""
@@ -132,7 +145,7 @@ class PlannedNative:
             problem = Problem("all_to_all", self._size, matrix=matrix)
             self._engine.run(Request("all_to_all", problem, buffers, seconds=seconds), job)
 
-        return self._progress.start(exchange, inline=not options.asyncOp)
+        return self._progress.start(exchange, inline=not options.asyncOp, call=self.asking.call)
 
     def counts(self, sent: Sequence[int], received: Sequence[int], options: Any) -> tuple[tuple[int, ...], ...]:
         """How much goes from each rank to each; blocks. Raises CollectiveError where two ranks do not agree."""
@@ -165,7 +178,7 @@ class PlannedNative:
             if after is not None:
                 after()
 
-        return self._progress.start(run, inline=not getattr(options, "asyncOp", True))
+        return self._progress.start(run, inline=not getattr(options, "asyncOp", True), call=self.asking.call)
 
     def _seconds(self, options: Any) -> float:
         asked: float = options.timeout.total_seconds()

@@ -43,13 +43,15 @@ class NcclxProcessGroup(GroupBase):
         tensor = check.one(call, _listed(tensors))
         if not tensor.is_sparse:
             check.dense(call, tensor)
-        return self.start(call, tensor, lambda local: local.all_reduce(call, tensor, _reduction(opts)))
+        op = _reduction(call, opts)
+        return self.start(call, tensor, lambda local: local.all_reduce(call, tensor, op))
 
     def allreduce_coalesced(self, tensors: Tensors, opts: Any = None) -> Result:
         call = self.ask("all_reduce_coalesced", opts)
         several = _listed(tensors)
         check.dense(call, *several)
-        return self.start(call, several, lambda local: local.all_reduce_coalesced(call, several, _reduction(opts)))
+        op = _reduction(call, opts)
+        return self.start(call, several, lambda local: local.all_reduce_coalesced(call, several, op))
 
     def reduce(
         self, tensors: Tensors, opts: Any = None, op: Any = None, timeout: timedelta | None = None, root: int = 0
@@ -57,7 +59,7 @@ class NcclxProcessGroup(GroupBase):
         call = self.ask("reduce", opts, timeout)
         tensor = check.one(call, _listed(tensors))
         check.dense(call, tensor)
-        root, op = self._root(call, opts, root), op if op is not None else _reduction(opts)
+        root, op = self._root(call, opts, root), _reduction(call, opts if op is None else op)
         return self.start(call, tensor, lambda local: local.reduce(call, tensor, root, op))
 
     def reduce_scatter(
@@ -68,7 +70,8 @@ class NcclxProcessGroup(GroupBase):
         check.per_rank(call, several, "inputs")
         check.together(call, output, *several)
         check.elements(call, output, several[self.rank()].numel(), "output")
-        return self.start(call, output, lambda local: local.reduce_scatter(call, output, several, _reduction(opts)))
+        op = _reduction(call, opts)
+        return self.start(call, several, lambda local: local.reduce_scatter(call, output, several, op), output)
 
     def reduce_scatter_single(self, output: Tensor, source: Tensor, opts: Any = None) -> Result:
         return self._reduce_scatter_flat("reduce_scatter_single", [output], [source], opts)
@@ -96,7 +99,7 @@ class NcclxProcessGroup(GroupBase):
         check.per_rank(call, several, "outputs")
         check.together(call, source, *several)
         check.elements(call, source, several[self.rank()].numel(), "input")
-        return self.start(call, source, lambda local: local.all_gather(call, several, source))
+        return self.start(call, source, lambda local: local.all_gather(call, several, source), several)
 
     def allgather_coalesced(self, output_lists: Any, inputs: Sequence[Tensor], opts: Any = None) -> Result:
         """`output_lists[i][r]` takes input `i` of rank `r`."""
@@ -132,7 +135,11 @@ class NcclxProcessGroup(GroupBase):
         if not output_splits and not input_splits:
             check.elements(call, output, source.numel(), "output")
             received = sent = []
-        return self.start(call, source, lambda local: local.all_to_all_single(call, output, source, received, sent))
+        call.splits = (sent, received)
+        run: Callable[[LocalBackend], Any] = lambda local: local.all_to_all_single(  # noqa: E731
+            call, output, source, received, sent
+        )
+        return self.start(call, source, run, output)
 
     alltoall_base = all_to_all_single
 
@@ -149,7 +156,7 @@ class NcclxProcessGroup(GroupBase):
         check.per_rank(call, sources, "inputs")
         check.together(call, *sources, *targets)
         check.elements(call, targets[self.rank()], sources[self.rank()].numel(), "outputs[own rank]")
-        return self.start(call, sources, lambda local: local.all_to_all(call, targets, sources))
+        return self.start(call, sources, lambda local: local.all_to_all(call, targets, sources), targets)
 
     def gather(
         self, outputs: Any, inputs: Tensors, opts: Any = None, timeout: timedelta | None = None, root: int = 0
@@ -158,7 +165,7 @@ class NcclxProcessGroup(GroupBase):
         source, root = check.one(call, _listed(inputs), "inputs"), self._root(call, opts, root)
         several = _inner(call, outputs, "outputs") if self.rank() == root else check.nothing(call, outputs, "outputs")
         self._check_rooted(call, root, source, several, "outputs")
-        return self.start(call, source, lambda local: local.gather(call, several, source, root))
+        return self.start(call, source, lambda local: local.gather(call, several, source, root), several)
 
     def scatter(
         self, outputs: Tensors, inputs: Any, opts: Any = None, timeout: timedelta | None = None, root: int = 0
@@ -167,7 +174,8 @@ class NcclxProcessGroup(GroupBase):
         output, root = check.one(call, _listed(outputs), "outputs"), self._root(call, opts, root)
         several = _inner(call, inputs, "inputs") if self.rank() == root else check.nothing(call, inputs, "inputs")
         self._check_rooted(call, root, output, several, "inputs")
-        return self.start(call, output, lambda local: local.scatter(call, output, several, root))
+        run: Callable[[LocalBackend], Any] = lambda local: local.scatter(call, output, several, root)  # noqa: E731
+        return self.start(call, several or output, run, output)
 
     # Synchronisation
 
@@ -193,21 +201,21 @@ class NcclxProcessGroup(GroupBase):
     # Point to point
 
     def send(self, tensors: Tensors, to: int, tag: int = 0) -> Result:
-        call = self.ask("send")
+        call = self.message("send", to)
         tensor = check.one(call, _listed(tensors))
         check.dense(call, tensor)
         check.peer(call, to, "destination")
-        return self.start(call, tensor, lambda local: local.send(call, tensor, to, tag))
+        return self.start(call, tensor, lambda local: local.send(call, tensor, to, tag), [])
 
     def recv(self, tensors: Tensors, source: int, tag: int = 0) -> Result:
-        call = self.ask("recv")
+        call = self.message("recv", source)
         tensor = check.one(call, _listed(tensors))
         check.dense(call, tensor)
         check.peer(call, source, "source")
         return self.start(call, tensor, lambda local: local.recv(call, tensor, source, tag))
 
     def recv_anysource(self, tensors: Tensors, tag: int = 0) -> Result:
-        call = self.ask("recv_any_source")
+        call = self.message("recv_any_source")
         tensor = check.one(call, _listed(tensors))
         check.dense(call, tensor)
         return self.start(call, tensor, lambda local: local.recv_any_source(call, tensor, tag))
@@ -220,10 +228,11 @@ class NcclxProcessGroup(GroupBase):
         for output, source in zip(outputs, inputs):
             check.together(call, source, output)
             check.elements(call, source, output.numel() * self.size(), "input")
+        reduction = _reduction(call, opts)
         run: Callable[[LocalBackend], Any] = lambda local: local.reduce_scatter_single(  # noqa: E731
-            call, outputs, inputs, _reduction(opts)
+            call, outputs, inputs, reduction
         )
-        return self.start(call, inputs, run)
+        return self.start(call, inputs, run, outputs)
 
     def _all_gather_flat(self, op: str, outputs: list[Tensor], inputs: list[Tensor], opts: Any) -> Result:
         call = self.ask(op, opts)
@@ -231,12 +240,13 @@ class NcclxProcessGroup(GroupBase):
         for output, source in zip(outputs, inputs):
             check.together(call, source, output)
             check.elements(call, output, source.numel() * self.size(), "output")
-        return self.start(call, inputs, lambda local: local.all_gather_single(call, outputs, inputs))
+        return self.start(call, inputs, lambda local: local.all_gather_single(call, outputs, inputs), outputs)
 
     def _root(self, call: Call, opts: Any, root: int) -> int:
         """The root's group rank: from the options, from an int in their place, or from the keyword."""
         chosen = opts if isinstance(opts, int) else getattr(opts, "rootRank", root)
         check.rank(call, chosen, "root")
+        call.root = chosen
         return chosen
 
     def _check_rooted(self, call: Call, root: int, mine: Tensor, several: list[Tensor], name: str) -> None:
@@ -260,8 +270,8 @@ def _inner(call: Call, lists: Any, name: str) -> list[Tensor]:
     return list(lists[0])
 
 
-def _reduction(opts: Any) -> Any:
-    """The reduction in `opts`, which may be options, a `ReduceOp`, or None for a sum."""
-    if opts is None or isinstance(opts, int):
-        return ReduceOp.SUM
-    return getattr(opts, "reduceOp", opts)
+def _reduction(call: Call, opts: Any) -> Any:
+    """The reduction in `opts`, which may be options, a `ReduceOp`, or None for a sum; noted in the call."""
+    plain = opts is None or isinstance(opts, int)
+    call.reduce_op = ReduceOp.SUM if plain else getattr(opts, "reduceOp", opts)
+    return call.reduce_op

@@ -30,21 +30,25 @@ from ncclx_py.errors import Call, CollectiveError
 class Job:
     """One collective in flight.
 
-    `engine` is what carries it (an algorithm), known once it has been chosen; the call given to `belongs_to` learns
-    it for its error messages.
+    `engine` is what carries it (an algorithm), known once it has been chosen; `call`, or the one given to `belongs_to`,
+    learns it for its error messages. `call` also learns when the job begins and ends.
     """
 
     __slots__ = ("_action", "_call", "_ended", "_error", "_future", "_lock", "engine")
 
-    def __init__(self, action: Callable[[Job], None]) -> None:
+    def __init__(self, action: Callable[[Job], None], call: Call | None = None) -> None:
         self.engine = ""
         self._action: Callable[[Job], None] | None = action
-        self._call: Call | None = None
+        self._call = call
         self._error: RuntimeError | None = None
         self._future: Future[None] | None = None
         self._lock = _thread.allocate_lock()
         self._ended = _thread.allocate_lock()  # held until the job has ended: cheaper than an Event
         self._ended.acquire()
+
+    @property
+    def call(self) -> Call | None:
+        return self._call
 
     def belongs_to(self, call: Call) -> None:
         if self.engine:
@@ -52,14 +56,22 @@ class Job:
         else:
             self._call = call
 
-    def carried_by(self, engine: str) -> None:
+    def carried_by(self, engine: str, decision: Any = None) -> None:
         self.engine = engine
         if self._call is not None:
-            self._call.engine = engine
+            self._call.engine, self._call.decision = engine, decision
+
+    def stuck_at(self, progress: tuple[int, int, list[int]]) -> None:
+        """Notes how far a plan has come that failed; see `Call`."""
+        if self._call is not None:
+            self._call.progress = progress
 
     def work(self) -> None:
         """Does what is to be done; what goes wrong is kept for those who wait."""
         action, self._action = self._action, None
+        call = self._call
+        if call is not None:
+            call.begun()
         try:
             if action is not None:
                 action(self)
@@ -68,6 +80,8 @@ class Job:
         except BaseException as error:
             self._error = RuntimeError(f"{type(error).__name__}: {error}")
             self._error.__cause__ = error
+        if call is not None:
+            call.over() if self._error is None else call.failed(self._error)
 
     def end(self) -> None:
         """Tells those who wait. The callbacks of the future run here, and may ask for the future again."""
@@ -81,6 +95,8 @@ class Job:
         """Ends a job that has not begun."""
         self._action = None
         self._error = CollectiveError(reason)
+        if self._call is not None:
+            self._call.failed(self._error)
         self.end()
 
     def wait(self, timeout: timedelta | None = None) -> bool:
@@ -115,16 +131,18 @@ class Progress:
         self._jobs: deque[Job] = deque()
         self._changed = threading.Condition(threading.Lock())
         self._thread: threading.Thread | None = None
+        self.running: Call | None = None  # what the running job is for
         self._runner = 0  # the thread that is running a job, 0 while none does
         self._telling = 0  # the same while it runs the callbacks of that job
         self._closed = ""
 
-    def start(self, action: Callable[[Job], None], inline: bool) -> Job:
-        """Runs `action(job)` after all that was started before; here and now if `inline` and nothing is before it.
+    def start(self, action: Callable[[Job], None], inline: bool, call: Call | None = None) -> Job:
+        """Runs `action(job)` for `call` after all that was started before; here and now if `inline` and nothing is
+        before it.
 
         Raises CollectiveError when the group has been closed.
         """
-        job = Job(action)
+        job = Job(action, call)
         if self._telling == threading.get_ident():
             job.work()
             job.end()
@@ -174,7 +192,9 @@ class Progress:
 
     def _run(self, job: Job) -> None:
         try:
+            self.running = job.call
             job.work()
+            self.running = None
             self._telling = self._runner
             job.end()
         finally:

@@ -8,9 +8,12 @@ becomes "undefined"), which programs that never asked for us should not see.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch.distributed as dist
+
+from ncclx_py.faults.inject import armed
 
 BACKEND = "ncclx"
 
@@ -39,6 +42,11 @@ def make_group(how: Any, options: Any) -> Any:
     everyone = not how.global_ranks_in_group
     ranks = tuple(how.global_ranks_in_group) or tuple(range(how.group_size))
     member = Membership(how.group_id, how.group_rank, ranks, world=everyone)
+    injector = armed(os.environ)
+    if injector is not None:
+        from ncclx_py.faults.group import make
+
+        return make(injector, how.store, member, how.timeout, options)
     return NcclxProcessGroup(how.store, member, how.timeout, options)
 
 

@@ -143,11 +143,13 @@ class PeerWork(CollectiveWork):
 
     def __del__(self) -> None:
         if self._send_to_hold is not None:
-            self._send_to_hold.hold_send(self._natives[0])
+            self._send_to_hold.hold_send(self._call, self._natives[0])
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         self._send_to_hold = None
         self._wait_natives(timeout)
+        if not self._call.finished_ns:
+            self._call.over()
         with self._lock:
             finish, self._finish = self._finish, None
             if finish is not None:

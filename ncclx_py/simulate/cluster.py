@@ -2,9 +2,8 @@
 
     cluster = Cluster(topology, tiers=(Tier("rack", hosts=16, alpha=7e-6, oversubscription=1.0),), delays={5: 1e-3})
 
-A `Tier` groups hosts that follow one another into units behind one uplink: racks, zones, data centres. A message between two
-units of a tier passes both their uplinks, which all messages of a unit share, each direction apart, and has the α of the
-highest tier that it crosses.
+A message between two units of a tier passes both their uplinks, which all messages of a unit share, each direction apart, and
+has the α of the highest tier that it crosses.
 """
 
 from __future__ import annotations
@@ -12,18 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ncclx_py.plans.topology import Topology
-
-
-@dataclass(frozen=True, slots=True)
-class Tier:
-    """Units of `hosts` hosts. `alpha` seconds for a message that leaves its unit; `oversubscription` is what the NICs of a
-    unit can send over what its uplink carries (1: it carries all)."""
-
-    name: str
-    hosts: int
-    alpha: float
-    oversubscription: float = 1.0
+from ncclx_py.plans.topology import Tier, Topology
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ Handler = Callable[[Ints, Floats], None]
 @dataclass(frozen=True)
 class Outcome:
     """`seconds` until the last rank is done and `finished` when each is; `started` and `ended` of every step; the bytes that
-    went through each pipe of `links`."""
+    went through each pipe of `links`; `player` has the steps themselves."""
 
     seconds: float
     finished: Floats
@@ -46,6 +46,7 @@ class Outcome:
     pipe_bytes: Floats
     links: Links
     rounds: int
+    player: Player
 
     def busiest(self, count: int, only: str = "") -> list[tuple[str, float, float]]:
         """(name, bytes, share of the time that it was full) of the pipes with the largest share; `only` filters names."""
@@ -147,7 +148,7 @@ class Player:
         finished = np.zeros(self.schedule.ranks)
         np.maximum.at(finished, self.rank_of, self.ended)
         seconds = float(finished.max(initial=0.0))
-        return Outcome(seconds, finished, self.started, self.ended, self.flows.bytes, self.links, rounds)
+        return Outcome(seconds, finished, self.started, self.ended, self.flows.bytes, self.links, rounds, self)
 
     def _at(self, times: Floats, handler: Handler, steps: Ints) -> None:
         """Has each of `steps` handled at its time."""

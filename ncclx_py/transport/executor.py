@@ -23,10 +23,12 @@ from ncclx_py.transport.fabric import Fabric
 from ncclx_py.transport.local_operations import LocalSend
 from ncclx_py.transport.lowering import BUFFERS, SCRATCH, Program, Schedule
 from ncclx_py.transport.memory import Views
-from ncclx_py.transport.operations import DONE, STARTED, Mismatch, Operation, Run, combiner, widens
+from ncclx_py.transport.operations import DONE, PENDING, STARTED, Mismatch, Operation, Run, combiner, widens
 from ncclx_py.transport.signature import Signature, digest
 from ncclx_py.transport.waiting import Waiting, aborted, failed
 from ncclx_py.transport.window import ASLEEP
+
+Progress = tuple[int, int, list[int]]  # steps done, steps in all, ranks waited for
 
 _DIFFERENT = "Check that every rank of the group makes the same calls in the same order, with the same arguments."
 
@@ -37,6 +39,20 @@ class Executor:
     def __init__(self, fabric: Fabric) -> None:
         self._fabric = fabric
         self._views: dict[torch.dtype, Views] = {}
+        self._current: _Current | None = None
+        self.stuck: Progress | None = None  # how far the last run came, if it failed
+
+    def progress(self) -> Progress | None:
+        """How far the run that is being carried out is; None while there is none. From any thread."""
+        current = self._current
+        try:
+            return current.progress() if current is not None else None
+        except (RuntimeError, ValueError, IndexError, AttributeError):  # it went on, or ended, while we looked
+            return None
+
+    def abort(self, reason: str) -> None:
+        """Ends the group, because a call could not even begin here."""
+        self._fabric.abort(reason)
 
     def lower(self, plan: RankPlan, lengths: Mapping[str, int], round_once: bool = False) -> Schedule:
         """Prepares a plan for buffers of these lengths (elements by name); the dtype may change from run to run.
@@ -65,6 +81,7 @@ class Executor:
         Raises CollectiveError, or CollectiveTimeout past the deadline, with the rank that is to blame where it is
         known. The group is aborted then; the contents of the buffers are undefined.
         """
+        self.stuck = None
         dtype = _checked(schedule, buffers)
         fabric = self._fabric
         with fabric.lock:
@@ -72,18 +89,21 @@ class Executor:
                 fabric.look_at_neighbours()
             if fabric.reason:
                 raise aborted(fabric, signature)
-            current = _Current(fabric, schedule, dtype.itemsize, signature, deadline)
+            current = self._current = _Current(fabric, schedule, dtype.itemsize, signature, deadline)
             try:
                 current.prepare(buffers, self._views_of(dtype), reduction)
                 current.drive()
                 current.settle()
             except Mismatch as error:
+                self.stuck = self.progress()
                 fabric.adopt(f"rank {fabric.rank}: {error}")
                 raise CollectiveError(failed(fabric, signature, str(error), _DIFFERENT)) from None
             except BaseException as error:
+                self.stuck = self.progress()
                 fabric.adopt(f"rank {fabric.rank}: {str(error) or type(error).__name__}")
                 raise
             finally:
+                self._current = None
                 fabric.me.window.words[ASLEEP] = 0
                 if fabric.reason:
                     fabric.tell()
@@ -135,6 +155,12 @@ class _Current:
         run.target = [0] * len(program.by_index)
         run.network, run.senders = fabric.network, set()
         window.set_call(run.call, self._record)
+
+    def progress(self) -> Progress:
+        """Steps done, steps in all, and the ranks that are waited for."""
+        steps = len(self._program.by_index)
+        done = 0 if self._holding else steps - self._run.done.count(PENDING)
+        return done, steps, sorted(self._awaited())
 
     def drive(self) -> None:
         """Goes round the lanes until all are through."""

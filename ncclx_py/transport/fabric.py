@@ -6,9 +6,9 @@
     fabric.abort("why")                                     # any thread: everyone who waits raises
     fabric.close()
 
-Connecting exchanges one card per rank through the store, and windows between the ranks of each host. TCP connections
-are opened by the first plan that needs them. A peer's death shows as the end of a socket; an abort is a flag in the
-window inside a host and a message between hosts.
+Connecting exchanges one card per rank through the store (`exchange`: three messages a rank, at any size), and windows
+between the ranks of each host. TCP connections are opened by the first plan that needs them. A peer's death shows as
+the end of a socket; an abort is a flag in the window inside a host and a message between hosts.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from ncclx_py.transport import neighbours, tcp
 from ncclx_py.transport.arena import Arena
 from ncclx_py.transport.bells import Bell, heard
 from ncclx_py.transport.channels import Inbox, Neighbour, Outbox
+from ncclx_py.transport.exchange import exchange
 from ncclx_py.transport.identity import Card, host_numbers, make_card
 from ncclx_py.transport.neighbours import Household
 from ncclx_py.transport.poller import READABLE, Poller
@@ -186,6 +187,28 @@ class Fabric:
             if other.window.words[0]:
                 self.adopt(other.window.abort_text())
 
+    def look_aside(self) -> str:
+        """The reason of an abort, also of one that comes while no plan runs here. From any thread; it does not wait."""
+        if self.lock.acquire(blocking=False):
+            try:
+                if not self._closed:
+                    self.look()
+                    if self._reason:
+                        self.tell()
+            finally:
+                self.lock.release()
+        return "" if self._closed else self._reason
+
+    def peers(self) -> dict[int, str]:
+        """What is known of the processes of other ranks: "alive", "stopped" or "gone". From any thread."""
+        sockets = {} if self._closed else dict(self._household.sockets)
+        known = {peer: neighbours.process_state(connection) for peer, connection in sockets.items()}
+        return {peer: state for peer, state in known.items() if state} | dict.fromkeys(list(self.gone), "gone")
+
+    def links(self) -> list[dict[str, int]]:
+        """Figures of the data connections to other hosts (``tcp_info``), with the group rank `peer`. From any thread."""
+        return self.network.links() if self.network is not None and not self._closed else []
+
     def close(self) -> None:
         """Lets go of all memory, sockets and descriptors. Waits for a plan that runs: abort it to end it."""
         with self.lock, self._abort_lock:
@@ -221,17 +244,7 @@ class Fabric:
 
 
 def _exchange_cards(store: Any, mine: Card, size: int, timeout: timedelta) -> list[Card]:
-    keys = [f"fabric/{rank}" for rank in range(size)]
-    store.set(keys[mine.rank], mine.to_json())
-    try:
-        store.wait(keys, timeout)
-    except RuntimeError as error:  # c10d's timeout is one too
-        missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
-        raise CollectiveError(
-            f"Rank {mine.rank} of {size}: ranks {missing} did not come to make the group within "
-            f"{timeout.total_seconds():g} s. See their logs, or pass a longer timeout."
-        ) from error
-    cards = [Card.from_json(text) for text in store.multi_get(keys)]
+    cards = [Card.from_json(text) for text in exchange(store, "fabric", mine.rank, size, mine.to_json(), timeout)]
     for card in cards:
         if card.rails != mine.rails or card.rails_named != mine.rails_named:
             raise ValueError(

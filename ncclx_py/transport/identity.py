@@ -74,7 +74,7 @@ def addresses(env: Mapping[str, str]) -> tuple[str, ...]:
     """One address per named rail; else the one that reaches the master, and the one of the default route."""
     named = rail_names(env)
     if named:
-        return tuple(_interface_address(name) for name in named)
+        return tuple(interface_address(name) for name in named)
     found = [_route_to(env["MASTER_ADDR"])] if env.get("MASTER_ADDR") else []
     found.append(_route_to(_ELSEWHERE))
     return tuple(dict.fromkeys(address for address in found if address)) or ("127.0.0.1",)
@@ -87,8 +87,8 @@ def make_card(rank: int, port: int, env: Mapping[str, str]) -> Card:
 
 def host_numbers(cards: list[Card]) -> tuple[int, ...]:
     """The host of each rank, numbered in the order of their first rank."""
-    seen = list(dict.fromkeys(card.host for card in cards))
-    return tuple(seen.index(card.host) for card in cards)
+    seen: dict[str, int] = {}
+    return tuple(seen.setdefault(card.host, len(seen)) for card in cards)
 
 
 def reach(me: Card, peer: Card, rail: int) -> str:
@@ -106,7 +106,8 @@ def reach(me: Card, peer: Card, rail: int) -> str:
     )
 
 
-def _interface_address(name: str) -> str:
+def interface_address(name: str) -> str:
+    """The IPv4 address of an interface. Raises ValueError, naming `NCCLX_RAILS`, where it has none."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         request = struct.pack("256s", name.encode()[:15])
         try:

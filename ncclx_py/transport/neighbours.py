@@ -10,6 +10,7 @@ import socket
 import struct
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from ncclx_py.transport import arena as arenas
 from ncclx_py.transport import window as windows
@@ -82,6 +83,20 @@ def move_in(server: socket.socket, cards: Sequence[Card], rank: int, until: floa
         os.close(window_fd)
         os.close(arena_fd)
     return household
+
+
+def process_state(connection: socket.socket) -> str:
+    """Of the process at the other end: "alive", "stopped" or "gone"; "" where it cannot be known (another PID namespace)."""
+    try:
+        pid, _, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        if pid <= 0:
+            return ""
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return "gone"
+    except (OSError, IndexError):
+        return ""
+    return {"T": "stopped", "t": "stopped", "Z": "gone", "X": "gone"}.get(state, "alive")
 
 
 def _call(card: Card, rank: int, until: float) -> socket.socket:

@@ -22,6 +22,7 @@ from torch import Tensor
 from ncclx_py.transport.identity import Card, reach
 from ncclx_py.transport.poller import READABLE, WRITABLE, Poller
 from ncclx_py.transport.signature import RECORD_BYTES
+from ncclx_py.transport.tcp_info import link_facts
 
 HEADER = struct.Struct(f"<4sIQQ{RECORD_BYTES}s")  # magic, call, digest, length, text of the signature
 MAGIC = b"ncxm"
@@ -43,7 +44,7 @@ class Sender:
     def __init__(self, peer: int, connection: socket.socket, hello: bytes, lost: Lost) -> None:
         self.peer = peer
         self.queued = self.flushed = 0
-        self._connection = connection
+        self.connection = connection
         self._queue: deque[memoryview] = deque()
         self._writable = False  # until the connection stands
         self._lost = lost
@@ -63,7 +64,7 @@ class Sender:
         moved = False
         while self._queue and self._writable:
             try:
-                count = self._connection.sendmsg(list(islice(self._queue, _GATHER)))
+                count = self.connection.sendmsg(list(islice(self._queue, _GATHER)))
             except BlockingIOError:
                 self._writable = False
                 break
@@ -79,7 +80,7 @@ class Sender:
         return not self._queue
 
     def on_event(self, mask: int) -> None:
-        failed = self._connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        failed = self.connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if failed:
             self._fail(OSError(failed, os.strerror(failed)))
         elif mask & READABLE:  # the receiver never writes: this is the end
@@ -260,6 +261,11 @@ class Network:
         for controls in list(self._controls.values()):
             for control in controls:
                 control.tell(text)
+
+    def links(self) -> list[dict[str, int]]:
+        """What the kernel knows of each connection that sends, with its `peer`."""
+        facts = [(peer, link_facts(sender.connection)) for (peer, _), sender in list(self._senders.items())]
+        return [{"peer": peer, **known} for peer, known in facts if known is not None]
 
     def forget_sockets(self) -> None:
         """In a forked child: closes its copies. The poller is the parent's, and stays as it is."""

@@ -23,6 +23,14 @@ SLURM = {
     "SLURM_JOB_NODELIST": "n[1-2],x03",
     "SLURM_TASKS_PER_NODE": "2(x2),1",
 }
+# Every component of a heterogeneous job is dealt out by itself, and its ranks follow those of the one before.
+HETEROGENEOUS = SLURM | {
+    "SLURM_DISTRIBUTION": "cyclic",
+    "SLURM_STEP_NUM_NODES": "3",
+    "SLURM_HET_SIZE": "2",
+    "SLURM_JOB_NUM_NODES_HET_GROUP_0": "2",
+    "SLURM_JOB_NUM_NODES_HET_GROUP_1": "1",
+}
 
 
 def test_torchrun() -> None:
@@ -31,6 +39,18 @@ def test_torchrun() -> None:
 
 def test_torchrun_wins_over_slurm() -> None:
     assert read_launch(TORCHRUN | SLURM).launcher == "torchrun"
+
+
+def test_slurm_tells_more_where_both_count_alike() -> None:
+    alike = {
+        "RANK": "4",
+        "WORLD_SIZE": "5",
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": "n1",
+        "MASTER_PORT": "7",
+    }
+    assert read_launch(SLURM | alike) == Launch("slurm", 4, 5, 0, 3, [2, 2, 1], ["n1", "n2", "x03"], "n1:7")
 
 
 def test_slurm() -> None:
@@ -107,6 +127,8 @@ def test_a_missing_variable_is_named() -> None:
         (SLURM, (0, 0, 1, 1, 2)),
         (SLURM | {"SLURM_DISTRIBUTION": "cyclic,pack"}, (0, 1, 2, 0, 1)),
         (SLURM | {"SLURM_DISTRIBUTION": "arbitrary"}, ()),
+        (HETEROGENEOUS, (0, 1, 0, 1, 2)),
+        (HETEROGENEOUS | {"SLURM_HET_SIZE": "1"}, (0, 1, 2, 0, 1)),  # a step of one component says nothing of others
         ({}, (0,)),
     ],
 )

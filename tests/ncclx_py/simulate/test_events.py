@@ -10,8 +10,8 @@ from ncclx_py.plans.plan import Plan, Problem
 from ncclx_py.plans.problems import uniform
 from ncclx_py.plans.replay import replay
 from ncclx_py.plans.spec_file import place
-from ncclx_py.plans.topology import Link, Topology
-from ncclx_py.simulate.cluster import Cluster, Tier
+from ncclx_py.plans.topology import Link, Tier, Topology
+from ncclx_py.simulate.cluster import Cluster
 from ncclx_py.simulate.events import Outcome, play
 from ncclx_py.simulate.representative import applies, play_classes
 from ncclx_py.simulate.schedule import from_plan
