@@ -25,9 +25,11 @@ from distill.models import (
     context_length,
     freeze,
     load_model,
+    load_outline,
     load_tokenizer,
 )
 from distill.seeds import mix
+from distill.sorted_samples import check_schedule
 
 TOKENIZER_EXAMPLES = 20_000
 INITIAL = 1  # purpose of the random numbers that initialise a model
@@ -49,10 +51,14 @@ class Parts:
     method: Method
 
 
-def assemble(config: RunConfig) -> Parts:
-    """Load or build everything. Raises ConfigError or ModelError before anything is written."""
+def assemble(config: RunConfig, weights: bool = True) -> Parts:
+    """Load or build everything. Raises ConfigError or ModelError before anything is written.
+
+    ``weights=False``: student and teacher are outlines (`load_outline`), for runs whose models are served elsewhere.
+    """
     method = build_method(config.method)
     _check_groups(config, method)
+    check_schedule(config, method)
     spec = config.model.teacher
     reads_teacher = "teacher" in method.needs or not method.uses().isdisjoint((Source.TEACHER, Source.MONITORED))
     if spec.path is None and reads_teacher and method.self_teacher is None:
@@ -65,12 +71,14 @@ def assemble(config: RunConfig) -> Parts:
     tokenizer = student_tokenizer(config.model, task, teacher_tokenizer)
     if teacher_tokenizer is not None:
         check_tokenizers(tokenizer, teacher_tokenizer, "teacher")
-    teacher = frozen_model(config, spec, "teacher") if spec.path else None
+    teacher = None
+    if spec.path:
+        teacher = frozen_model(config, spec, "teacher") if weights else load_outline(spec, "teacher")
     reference = None
     if "reference" in method.needs and config.model.reference.path:
         check_tokenizers(tokenizer, load_tokenizer(config.model.reference, "reference"), "reference")
         reference = frozen_model(config, config.model.reference, "reference")
-    student = make_student(config, tokenizer).to(device())
+    student = make_student(config, tokenizer).to(device()) if weights else _outlined_student(config)
     _check_context(config, {"student": student, "teacher": teacher, "reference": reference})
     return Parts(task, held_out, tokenizer, student, teacher, reference, method)
 
@@ -80,6 +88,12 @@ def frozen_model(config: RunConfig, spec: ModelSpec, who: str) -> PreTrainedMode
     model = freeze(load_model(spec, who, TORCH_DTYPES[config.model.teacher_dtype]))
     nn.Module.to(model, device())
     return model
+
+
+def _outlined_student(config: RunConfig) -> PreTrainedModel:
+    if config.model.student.path is None:
+        raise ConfigError("a served student needs a folder or hub name; set model.student.path=FOLDER_OR_HUB_NAME")
+    return load_outline(config.model.student, "student")
 
 
 def _check_groups(config: RunConfig, method: Method) -> None:

@@ -7,6 +7,7 @@ checkpoint; a full disk leaves it too, and every rank raises the same error.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -15,6 +16,9 @@ from typing import Any
 
 import torch
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
 
 from distill.distributed import all_or_nothing, from_rank_0, gathered, rank, world_size
 from distill.engine import TrainEngine
@@ -22,6 +26,7 @@ from distill.errors import CheckpointError
 from distill.runs import replace_folder
 
 MANIFEST = "manifest.json"
+DEEPSPEED_RECORDS: list[Any] = [LossScaler, ZeroStageEnum, fragment_address]  # DeepSpeed's own classes in its files
 FROZEN = "frozen_models.pt"  # what is the same on every rank and belongs to no optimizer
 
 
@@ -47,6 +52,27 @@ class RecordingWriter(TorchCheckpointEngine):
             # torch reports that its archive is cut short, in words of its own; what the disk said is the error before it.
             cause = error.__context__ if isinstance(error.__context__, OSError) else error
             self.failure = f"{Path(path).name}: {getattr(cause, 'strerror', None) or str(cause).splitlines()[0]}"
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        """Tensors, plain values, and three records of DeepSpeed's: nothing in the file can run code."""
+        with torch.serialization.safe_globals(DEEPSPEED_RECORDS):
+            return torch.load(path, map_location=map_location, weights_only=True)
+
+
+class MemoryWriter(RecordingWriter):
+    """The same files, kept in memory by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.files: dict[str, bytes] = {}
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """There is no folder."""
+
+    def save(self, state_dict: dict[str, Any], path: str) -> None:
+        buffer = io.BytesIO()
+        torch.save(state_dict, buffer)
+        self.files[Path(path).name] = buffer.getvalue()
 
 
 class Checkpoints:
@@ -79,6 +105,24 @@ class Checkpoints:
             if rank() == 0:
                 self._publish(partial, target, step)
 
+    def snapshot(
+        self, engine: TrainEngine, step: int, state: dict[str, Any], frozen: dict[str, Any]
+    ) -> dict[str, bytes]:
+        """What `save` would write on this rank, in memory: file name → content. `seal` makes a checkpoint of all ranks' files."""
+        writer = MemoryWriter()
+        engine.deepspeed.checkpoint_engine = writer
+        tag = f"step_{step:08d}"
+        engine.deepspeed.save_checkpoint(str(self.folder), tag=tag, client_state=state, save_latest=False)
+        if rank() == 0:
+            writer.save(frozen, FROZEN)
+        return writer.files
+
+    def seal(self, checkpoint: Path, step: int) -> None:
+        """Declare complete the files that all ranks have put into a folder."""
+        with all_or_nothing(CheckpointError):
+            if rank() == 0:
+                _write_manifest(checkpoint, step)
+
     def _give_up(self, partial: Path, target: Path, failure: str) -> None:
         if rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -92,9 +136,7 @@ class Checkpoints:
         raise error
 
     def _publish(self, partial: Path, target: Path, step: int) -> None:
-        sizes = {str(f.relative_to(partial)): f.stat().st_size for f in sorted(partial.rglob("*")) if f.is_file()}
-        with (partial / MANIFEST).open("w") as file:
-            json.dump({"step": step, "world_size": world_size(), "files": sizes}, file)
+        _write_manifest(partial, step)
         replace_folder(partial, target)
         for old in self._complete()[: -self.keep]:
             shutil.rmtree(old, ignore_errors=True)
@@ -128,9 +170,15 @@ class Checkpoints:
         return state, frozen
 
 
+def _write_manifest(folder: Path, step: int) -> None:
+    sizes = {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()}
+    with (folder / MANIFEST).open("w") as file:
+        json.dump({"step": step, "world_size": world_size(), "files": sizes}, file)
+
+
 def verify(checkpoint: Path, ranks: int) -> None:
     """Raise CheckpointError unless every file of the manifest is there in full and ``ranks`` ranks wrote it."""
-    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    manifest = _read_manifest(checkpoint)
     for name, size in manifest["files"].items():
         file = checkpoint / name
         found = file.stat().st_size if file.is_file() else None
@@ -142,3 +190,26 @@ def verify(checkpoint: Path, ranks: int) -> None:
             f"{checkpoint} was written by {manifest['world_size']} ranks and this job has {ranks}; "
             "start as many ranks as before, or use another run.dir"
         )
+
+
+def _read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """The manifest, with the number of ranks and the size of each file. Raises CheckpointError where it is something else."""
+    path = checkpoint / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        good = isinstance(manifest["world_size"], int) and all(
+            isinstance(size, int) and name.isprintable() and _is_inside(Path(name))
+            for name, size in manifest["files"].items()
+        )
+        reason = "it is not what a checkpoint has"
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        good, reason = False, f"{type(error).__name__}: {str(error)[:100]}"
+    if not good:
+        raise CheckpointError(
+            f"{path} is damaged ({reason}); remove {checkpoint} to continue from the checkpoint before it"
+        )
+    return manifest
+
+
+def _is_inside(name: Path) -> bool:
+    return not name.is_absolute() and all(part != ".." and len(part.encode()) < 256 for part in name.parts)

@@ -1,4 +1,4 @@
-"""The ``distill`` command: ``distill train``, ``distill rollout``, ``distill eval``; Hydra overrides as ``key=value``.
+"""The ``distill`` command: ``distill train``, ``rollout``, ``eval``, ``compare``; Hydra overrides as ``key=value``.
 
 Each subcommand is a module of its own (``python -m distill.train`` is the same). A mistake in the input is one message and
 exit code 2; a failure while running is 1.
@@ -23,6 +23,7 @@ COMMANDS = {
     "train": "train a student, alone or from a teacher",
     "rollout": "write trajectories of a student and its teacher, as data",
     "eval": "measure what a model can do",
+    "compare": "compare methods over seeds on equal budgets",
 }
 
 
@@ -69,10 +70,11 @@ def _report(error: DistillError) -> int:
     """One message per job: where all ranks fail alike, rank 0 speaks; else the rank that failed does."""
     index = os.environ.get("RANK", "0")
     if index == "0" or not error.on_every_rank:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        kind = "error: " if error.exit_status == 2 else ""
+        print(f"{kind}{error}", file=sys.stderr, flush=True)
     else:
         time.sleep(1.0)  # torchrun ends the job at the first exit: let rank 0 speak
-    return 2
+    return error.exit_status
 
 
 def _write(target: str, figures: dict[str, Any]) -> None:

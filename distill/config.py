@@ -26,6 +26,7 @@ from distill.errors import ConfigError
 T = TypeVar("T")
 
 DTYPES = ("float32", "bfloat16")
+MAX_BRACKETS = 200  # in one override
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_min_lr")
 
 
@@ -64,6 +65,31 @@ class ModelConfig:
 
 
 @dataclass(kw_only=True)
+class ReplicasSpec:
+    """Several jobs that train one model and may die: see ``distill.replicas`` and docs/elastic.md."""
+
+    enabled: bool = False
+    id: int = 0  # of this job, 0 … count−1
+    count: int = 2  # jobs that are waited for at the start
+    min: int = 1  # with fewer live replicas the run pauses
+    store: str = "127.0.0.1:29400"  # HOST:PORT of `python -m ncclx_py.elastic.store`
+    deadline_s: float = 30.0  # a replica that is silent, or keeps the others waiting, for so long is dropped
+    gather_s: float = 300.0  # at the start, fewer than count (but at least min) begin after so long
+    patience_s: float = 120.0  # for which the store may be away
+    backend: str = "ncclx"  # between replicas
+    schedule: str | None = None  # a store's journal: let those contribute to a step who did then (to check a run)
+
+    def __post_init__(self) -> None:
+        one_of("engine.replicas.backend", self.backend, ("ncclx", "gloo", "nccl"))
+        in_range("engine.replicas.count", self.count, low=1)
+        in_range("engine.replicas.id", self.id, low=0, high=self.count - 1)
+        in_range("engine.replicas.min", self.min, low=1, high=self.count)
+        in_range("engine.replicas.deadline_s", self.deadline_s, low=1.0)
+        in_range("engine.replicas.gather_s", self.gather_s, low=0.0)
+        in_range("engine.replicas.patience_s", self.patience_s, low=1.0)
+
+
+@dataclass(kw_only=True)
 class EngineConfig:
     """DeepSpeed and the optimizer."""
 
@@ -80,6 +106,7 @@ class EngineConfig:
     warmup: float = 0.05  # share of the steps
     min_lr: float = 0.1  # share of lr at the end of cosine_with_min_lr
     activation_checkpointing: bool = False
+    replicas: ReplicasSpec = field(default_factory=ReplicasSpec)
 
     def __post_init__(self) -> None:
         one_of("engine.zero_stage", self.zero_stage, (0, 1, 2, 3))
@@ -108,6 +135,39 @@ class CommConfig:
 
 
 @dataclass(kw_only=True)
+class ServerSpec:
+    """One model's vLLM server: where it is, or how this run starts it."""
+
+    url: str | None = None  # http://HOST:PORT of a server that runs already; None: the run starts one on this host
+    arguments: list[str] = field(default_factory=list)  # further ones of a server that the run starts
+    environment: list[str] = field(default_factory=list)  # variables of the same, as NAME=VALUE
+
+    def __post_init__(self) -> None:
+        for entry in self.environment:
+            if "=" not in entry[1:]:
+                raise ConfigError(f"rollout.vllm: '{entry}' in environment is not of the form NAME=VALUE")
+
+
+@dataclass(kw_only=True)
+class VllmSpec:
+    """Servers of ``rollout=vllm``; see ``distill.rollouts.vllm``."""
+
+    python: str | None = None  # interpreter of an environment with vLLM; None: this one
+    start_s: float = 500.0  # for a server to be ready
+    request_s: float = 600.0  # for one answer
+    retry_s: float = 60.0  # for a server that does not answer to come back
+    cached_scoring: bool = True  # see ``distill.rollouts.vllm.client``
+    weights: str | None = None  # folder through which the student's weights reach its server; None: in run.dir
+    student: ServerSpec = field(default_factory=ServerSpec)
+    teacher: ServerSpec = field(default_factory=ServerSpec)
+
+    def __post_init__(self) -> None:
+        in_range("rollout.vllm.start_s", self.start_s, low=1.0)
+        in_range("rollout.vllm.request_s", self.request_s, low=0.1)
+        in_range("rollout.vllm.retry_s", self.retry_s, low=0.0)
+
+
+@dataclass(kw_only=True)
 class RolloutConfig:
     name: str = "builtin"
     slots: int = 64
@@ -116,14 +176,32 @@ class RolloutConfig:
     top_p: float = 1.0
     top_k: int = 0
     stop: list[str] = field(default_factory=list)
+    vllm: VllmSpec = field(default_factory=VllmSpec)
+    schedule: str = "plain"  # of training; see ``distill.rollouts.pool`` for what follows
+    oversubscribe: float = 4.0
+    unfinished: str = "partial"
+    max_staleness: int = 4
 
     def __post_init__(self) -> None:
-        one_of("rollout.name", self.name, ("builtin",))
+        one_of("rollout.name", self.name, ("builtin", "vllm"))
         in_range("rollout.slots", self.slots, low=1)
         in_range("rollout.max_new_tokens", self.max_new_tokens, low=1)
         in_range("rollout.temperature", self.temperature, low=0.0)
         in_range("rollout.top_p", self.top_p, low=1e-6, high=1.0)
         in_range("rollout.top_k", self.top_k, low=0)
+        one_of("rollout.schedule", self.schedule, ("plain", "sorted"))
+        in_range("rollout.oversubscribe", self.oversubscribe, low=1.0, high=1e6)
+        one_of("rollout.unfinished", self.unfinished, ("drop", "partial"))
+        in_range("rollout.max_staleness", self.max_staleness, low=0)
+        if self.schedule == "sorted" and self.name != "builtin":
+            raise ConfigError(
+                f"rollout.schedule=sorted runs on rollout=builtin, not on rollout={self.name}; set rollout.schedule=plain"
+            )
+        if self.schedule == "sorted" and self.unfinished == "partial" and self.max_staleness == 0:
+            raise ConfigError(
+                "rollout.unfinished=partial keeps tokens for later updates and rollout.max_staleness=0 allows none; set "
+                "rollout.max_staleness=1 or more, or rollout.unfinished=drop"
+            )
 
 
 @dataclass(kw_only=True)
@@ -152,11 +230,14 @@ class TrainSection:
     pack: bool = True
     log_every: int = 10
     stop_at: float | None = None  # end early once the in-training pass@1 reaches this
+    token_budget: int | None = None  # end early once this many tokens are spent, see ``distill.token_counts``
     aggregation: AggregationSpec = field(default_factory=AggregationSpec)
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "micro_batch_size", "max_length", "log_every"):
             in_range(f"train.{name}", getattr(self, name), low=1)
+        if self.token_budget is not None:
+            in_range("train.token_budget", self.token_budget, low=1)
 
 
 @dataclass(kw_only=True)
@@ -308,11 +389,18 @@ def load_config(name: str, overrides: Sequence[str]) -> RunConfig:
 
 def compose_config(name: str, overrides: Sequence[str]) -> DictConfig:
     """Hydra's composition with errors a person can read."""
+    for override in overrides:
+        if sum(map(override.count, "[{(")) > MAX_BRACKETS:  # Hydra's parser would take minutes, or run out of stack
+            raise ConfigError(
+                f"'{override[:40]}…' has more than {MAX_BRACKETS} brackets; write such a value into a file"
+            )
     with initialize_config_dir(version_base="1.3", config_dir=str(conf_folder())):
         try:
             return compose(config_name=name, overrides=list(overrides))
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(_explain(error, name, overrides)) from None
+        except (ValueError, OSError) as error:  # Hydra's, of a group that is no name, or longer than a file's may be
+            raise ConfigError(f"{str(error)[:200]}; check {', '.join(each[:40] for each in overrides)}") from None
 
 
 def check_config(composed: DictConfig) -> RunConfig:
@@ -323,6 +411,20 @@ def check_config(composed: DictConfig) -> RunConfig:
         raise ConfigError(f"'{error.full_key}' has no value; set {error.full_key}=…") from None
     assert isinstance(resolved, dict)
     plain = {str(key): value for key, value in resolved.items()}
+    known = ("seed", "data", "method", *SECTIONS)
+    for key in plain:
+        if key not in known:
+            raise ConfigError(
+                f"unknown section '{key}'; {nearest(key, known)}; experiments with `compare` and `entries` are for "
+                "`distill compare`"
+            )
+    for key in known:
+        if key not in plain:
+            raise ConfigError(f"the section '{key}' is missing; do not delete it")
+        if key != "seed" and not isinstance(plain[key], dict):
+            raise ConfigError(f"{key}={plain[key]} is not a section; set its keys one by one, as {key}.KEY=VALUE")
+    if type(plain["seed"]) is not int:
+        raise ConfigError(f"seed={plain['seed']} is not a whole number")
     sections: dict[str, Any] = {key: build(cls, plain[key], key) for key, cls in SECTIONS.items()}
     try:
         data = data_config(plain["data"])

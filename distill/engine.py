@@ -28,6 +28,7 @@ if not torch.cuda.is_available():  # DeepSpeed chooses its accelerator when it i
 
 import deepspeed
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
 
 from distill.config import EngineConfig, TrainSection
 from distill.data.batch import TokenBatch
@@ -51,7 +52,10 @@ class TrainEngine:
 
     def __init__(self, student: nn.Module, config: EngineConfig, train: TrainSection) -> None:
         self.config = config
-        self.accumulation = accumulation_steps(train, world_size())
+        # Replicas come and go: the number of micro-batches is the trainer's to say, each time (`announce`).
+        self.replicated = config.replicas.enabled
+        self.accumulation = 1 if self.replicated else accumulation_steps(train, world_size())
+        self._last = True
         if config.activation_checkpointing:
             causal_lm(student).gradient_checkpointing_enable()
         # A pristine structure for rollouts must be taken before ZeRO-3 replaces every parameter by its shard.
@@ -98,7 +102,36 @@ class TrainEngine:
 
     def step(self) -> None:
         """Call once after every backward; the optimizer moves on the last of an accumulation cycle."""
-        self.deepspeed.step()
+        if self._last:
+            self.deepspeed.step()
+
+    def announce(self, last: bool) -> None:
+        """Replicas: call before every forward; ``last`` says that the step's gradient is complete after its backward."""
+        if self.replicated:
+            self._last = last
+            self.deepspeed.set_gradient_accumulation_boundary(last)
+
+    def gradients(self) -> list[Tensor]:
+        """This rank's part of the step's gradient, summed over the job's ranks: between the last backward and `step`.
+
+        Whole under ZeRO-0, this rank's partitions else; ranks of the same number in jobs of the same size have the same
+        part. What is written into the tensors is what the optimizer will see.
+        """
+        averaged = getattr(self.deepspeed.optimizer, "averaged_gradients", None)
+        if averaged is None:
+            return [p.grad for p in self.student.parameters() if p.grad is not None]
+        return [gradient for group in sorted(averaged) for gradient in averaged[group]]
+
+    def discard(self) -> None:
+        """Forget the gradient of a step that will not be taken."""
+        self.deepspeed.module.zero_grad()
+        optimizer = self.deepspeed.optimizer
+        if hasattr(optimizer, "averaged_gradients"):
+            optimizer.zero_grad()
+            optimizer.micro_step_id = 0 if self.config.zero_stage == 3 else INITIAL_MICRO_STEP_ID
+            for gathered in (optimizer.averaged_gradients, getattr(optimizer, "all_grad_tensors", {})):
+                for group in gathered:
+                    gathered[group] = None
 
     @property
     def grad_norm(self) -> float:
@@ -211,7 +244,9 @@ def deepspeed_config(config: EngineConfig, train: TrainSection, accumulation: in
     """What DeepSpeed is told. Buckets follow the model: its defaults would reserve 2 GiB for any model."""
     bucket = max(min(parameters, 50_000_000), 1024)
     return {
-        "train_batch_size": train.batch_size,
+        "train_batch_size": train.batch_size
+        if not config.replicas.enabled
+        else train.micro_batch_size * accumulation * world_size(),
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.clip or NO_CLIP,

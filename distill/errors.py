@@ -13,6 +13,7 @@ class DistillError(Exception):
     """
 
     on_every_rank = False
+    exit_status = 2  # of the command
 
 
 class ConfigError(DistillError):
@@ -31,6 +32,10 @@ class DataError(DistillError):
 
 class CheckpointError(DistillError):
     """A checkpoint that cannot be written, read, or continued from."""
+
+
+class ServerError(DistillError):
+    """A rollout server that cannot be started or reached, or that does not serve what the run needs."""
 
 
 class NonFiniteLossError(DistillError):

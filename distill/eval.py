@@ -19,7 +19,7 @@ from distill.assembly import Parts, assemble
 from distill.cli import run_command
 from distill.config import RunConfig, load_config
 from distill.distributed import all_or_nothing, process_group, rank, world_size
-from distill.errors import DistillError
+from distill.errors import ConfigError, DistillError
 from distill.evaluation import Evaluator
 from distill.models import causal_lm, count_parameters
 from distill.progress import StepProgress, console
@@ -29,6 +29,10 @@ def evaluate(config: RunConfig) -> dict[str, Any]:
     """Measure ``model.student``; returns its figures. All ranks call it together."""
     with process_group(config.comm):
         with all_or_nothing(DistillError):
+            if config.rollout.name != "builtin":
+                raise ConfigError(
+                    f"rollout={config.rollout.name}: evaluation decodes in this process; use rollout=builtin"
+                )
             parts = assemble(config)
         figures = measure(config, parts)
         if rank() == 0:

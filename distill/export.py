@@ -10,6 +10,7 @@ import copy
 import shutil
 from pathlib import Path
 
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.distributed import all_or_nothing, rank
@@ -25,10 +26,14 @@ def export_student(engine: TrainEngine, tokenizer: PreTrainedTokenizerBase, targ
         if rank() == 0:
             partial = target.with_name(f".{target.name}.partial")
             shutil.rmtree(partial, ignore_errors=True)
-            model: PreTrainedModel = causal_lm(student)
-            if model is not student:
+            if causal_lm(student) is not student:
                 student.save_pretrained(str(partial / "adapter"))  # type: ignore[operator]
-                model = copy.deepcopy(student).merge_and_unload()  # type: ignore[operator]
-            model.save_pretrained(str(partial))
+            merged(student).save_pretrained(str(partial))
             tokenizer.save_pretrained(str(partial))
             replace_folder(partial, target)
+
+
+def merged(student: nn.Module) -> PreTrainedModel:
+    """The student as one plain model: itself, or under LoRA a copy with the adapters merged."""
+    model = causal_lm(student)
+    return model if model is student else copy.deepcopy(student).merge_and_unload()  # type: ignore[operator]

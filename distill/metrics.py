@@ -56,14 +56,18 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a ``metrics.jsonl``; a last line cut short by a kill is left out."""
+    """Rows of a ``metrics.jsonl``; a last line cut short by a kill is left out, and so is all that follows a line that
+    is no row."""
     rows = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_bytes().splitlines():
             try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
                 break
+            if not isinstance(row, dict) or type(row.get("step")) is not int:
+                break
+            rows.append(row)
     return rows
 
 

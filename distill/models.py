@@ -7,12 +7,20 @@ padding never cost a row of the vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from distill.config import LoraSpec, ModelSpec
@@ -99,6 +107,20 @@ def load_model(spec: ModelSpec, who: str, dtype: torch.dtype) -> PreTrainedModel
             f"{key}={spec.path}: the checkpoint has no weights for {', '.join(missing[:3])}"
             f"{' …' if len(missing) > 3 else ''}, so this {who} would lack {what}; give a complete causal LM"
         )
+    return model
+
+
+def load_outline(spec: ModelSpec, who: str) -> PreTrainedModel:
+    """The model at ``spec.path`` without its weights (on the meta device), for what its configuration says. Raises ModelError."""
+    assert spec.path is not None
+    _require_folder(spec.path, f"model.{who}.path")
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(spec.path))
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"model.{who}.path={spec.path}: no causal language model: {_first_line(error)}") from None
+    with contextlib.suppress(OSError):  # many folders have none; the one made from the configuration then stands
+        model.generation_config = GenerationConfig.from_pretrained(spec.path)
     return model
 
 

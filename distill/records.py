@@ -148,5 +148,5 @@ def _key(raw: bytes) -> Key | None:
     try:
         record = json.loads(raw)
         return int(record["item"]), int(record["sample"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None

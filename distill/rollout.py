@@ -19,7 +19,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -36,7 +38,9 @@ from distill.methods import Source
 from distill.models import causal_lm
 from distill.progress import StepProgress, say
 from distill.records import Key, RecordFolder, RecordPart
+from distill.rollouts.engines import open_engine
 from distill.rollouts.monitored import Monitored, MonitoredTrajectory, Usage
+from distill.rollouts.vllm.monitored import VllmMonitored
 from distill.runs import RunFolder, write_json
 from distill.samples import prompt_fits
 from distill.seeds import mix
@@ -74,18 +78,22 @@ def rollout(config: RunConfig, section: RecordsSection) -> dict[str, Any]:
     """Write all records that are missing; returns the summary that also stands in ``summary.json``. All ranks call it together."""
     with process_group(config.comm):
         with all_or_nothing(DistillError):
-            parts = assemble(config)
+            parts = assemble(config, weights=config.rollout.name == "builtin")
             if parts.method.uses() != {Source.MONITORED}:
                 raise ConfigError(f"method={config.method['name']} makes no monitored trajectories; use motab or skd")
-            assert parts.teacher is not None
-            engine = parts.method.writer(causal_lm(parts.student), parts.teacher, parts.tokenizer, config)
-            assert isinstance(engine, Monitored)
+            engine = open_engine(
+                config, parts.tokenizer, parts.method, parts.student, parts.teacher, Path(config.run.dir)
+            )
+            writer = engine.writer(causal_lm(parts.student))
+            assert isinstance(writer, Monitored | VllmMonitored)
         folder = RunFolder(config.run.dir)
         with all_or_nothing(CheckpointError if folder.config.exists() else ConfigError):
             if rank() == 0:
                 folder.enter(config.resolved, config.run.resume)
         try:
-            return RecordRun(config, section, parts, engine, folder).run()
+            with closing(engine):
+                engine.serve()
+                return RecordRun(config, section, parts, writer, folder).run()
         finally:
             folder.leave()
 
@@ -94,7 +102,12 @@ class RecordRun:
     """One run on this rank."""
 
     def __init__(
-        self, config: RunConfig, section: RecordsSection, parts: Parts, engine: Monitored, folder: RunFolder
+        self,
+        config: RunConfig,
+        section: RecordsSection,
+        parts: Parts,
+        engine: Monitored | VllmMonitored,
+        folder: RunFolder,
     ) -> None:
         self.config, self.section, self.folder, self.tokenizer = config, section, folder, parts.tokenizer
         self.task: Task = parts.task if section.split == "train" else parts.held_out
@@ -157,8 +170,11 @@ class RecordRun:
         skipped, *work = total([float(self.skipped), *map(float, asdict(self.usage).values())])
         usage = Usage(int(work[0]), int(work[1]), int(work[2]), *work[3:])
         figures: dict[str, Any] | None = None
+        with all_or_nothing(CheckpointError):
+            if rank() == 0:
+                figures = summarise(self.records.read()) | {"skipped": int(skipped)}
         if rank() == 0:
-            figures = summarise(self.records.read()) | {"skipped": int(skipped)}
+            assert figures is not None
             figures |= {name: round(value, 4) for name, value in usage.figures().items()} if usage.wall_s else {}
             write_json(self.folder.summary, figures)
             say(f"{figures['records']} records: {self.records.merged}   breach rate {figures.get('breach', 0.0):.3f}")
@@ -206,24 +222,33 @@ def record(
 
 
 def summarise(records: Iterator[dict[str, Any]]) -> dict[str, Any]:
-    """Counts, rates and means over records; ``value``, ``boundary`` and ``entropy`` are means over steps."""
+    """Counts, rates and means over records; ``value``, ``boundary`` and ``entropy`` are means over steps.
+
+    Raises CheckpointError for a record that lacks one of them.
+    """
     names = ("breach", "teacher_share", "student_tokens", "teacher_tokens")
     sums = dict.fromkeys((*names, "value", "boundary", "entropy", "correct", "rewind"), 0.0)
     count = steps = judged = breaches = finished = 0
     for one in records:
         count += 1
-        finished += one["finish"] != "length"
-        for name in names:
-            sums[name] += one[name]
-        for step in one["steps"]:
-            steps += 1
-            for name in ("value", "boundary", "entropy"):
-                sums[name] += step[name]
-        for takeover in one["takeovers"]:
-            breaches += 1
-            sums["rewind"] += takeover["step"] - takeover["rewound_to"]
-        judged += one["correct"] is not None
-        sums["correct"] += one["correct"] or 0
+        try:
+            finished += one["finish"] != "length"
+            for name in names:
+                sums[name] += one[name]
+            for step in one["steps"]:
+                steps += 1
+                for name in ("value", "boundary", "entropy"):
+                    sums[name] += step[name]
+            for takeover in one["takeovers"]:
+                breaches += 1
+                sums["rewind"] += takeover["step"] - takeover["rewound_to"]
+            judged += one["correct"] is not None
+            sums["correct"] += one["correct"] or 0
+        except (KeyError, TypeError, OverflowError) as error:
+            raise CheckpointError(
+                f"record {count} of records.jsonl is not one of distill rollout ({type(error).__name__}: {error}); remove its "
+                "line to have it made again"
+            ) from None
     if not count:
         return {"records": 0}
     over = {"value": steps, "boundary": steps, "entropy": steps, "correct": judged, "rewind": breaches}

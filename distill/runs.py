@@ -28,6 +28,7 @@ FREE_KEYS = (
     "run",
     "comm",
     "checkpoint",
+    "engine.replicas",
     "train.log_every",
     "data.path",
     "model.student.path",
@@ -35,14 +36,17 @@ FREE_KEYS = (
     "rollout.slots",
     "rollout.samples",
     "rollout.examples",
+    "rollout.vllm",
 )
 
 
 class RunFolder:
     """Paths of one run, and the rules for entering it."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, replica: int | None = None) -> None:
+        """``replica``: of a run that several jobs share, each with a folder of its own in it."""
         self.path = Path(path)
+        self.replica = self.path if replica is None else self.path / "replicas" / str(replica)
         self.config = self.path / "config.yaml"
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
@@ -59,18 +63,20 @@ class RunFolder:
         where its checkpoint comes from another configuration.
         """
         started = self.config.exists()
-        if started and resume == "never":
+        if started and resume == "never" and self.replica == self.path:
             raise ConfigError(f"run.dir={self.path} already holds a run; choose another folder or run.resume=auto")
         if not started and resume == "must":
             raise ConfigError(f"run.dir={self.path} holds no run to continue (run.resume=must)")
         if started:
             self._check_same(resolved)
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            self.replica.mkdir(parents=True, exist_ok=True)
             self._claim()
             self.checkpoints.mkdir(exist_ok=True)
-            if not started:
-                write_atomically(self.config, yaml.safe_dump(dict(resolved), sort_keys=False, allow_unicode=True))
+            with (self.path / ".entering").open("w") as turn:
+                fcntl.flock(turn, fcntl.LOCK_EX)  # replicas may come at the same moment
+                if not self.config.exists():
+                    write_atomically(self.config, yaml.safe_dump(dict(resolved), sort_keys=False, allow_unicode=True))
         except OSError as error:
             raise ConfigError(
                 f"run.dir={self.path} cannot be written: {error.strerror}; choose another run.dir"
@@ -78,15 +84,16 @@ class RunFolder:
 
     def _claim(self) -> None:
         """Hold a lock for the life of this process, so that two jobs never write into one run."""
-        self._lock = (self.path / ".lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"run.dir={self.path} is in use by another running job; choose another run.dir") from None
+        self._lock = claim(self.replica, "run.dir")
 
     def result(self) -> dict[str, Any] | None:
         """The summary of a run that is complete, or None."""
-        return json.loads(self.summary.read_text()) if self.summary.exists() else None
+        try:
+            return json.loads(self.summary.read_text(encoding="utf-8")) if self.summary.exists() else None
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(
+                f"{self.summary} is damaged ({str(error)[:100]}); remove it to finish the run from its last checkpoint"
+            ) from None
 
     def leave(self) -> None:
         if self._lock is not None:
@@ -95,11 +102,13 @@ class RunFolder:
 
     def _check_same(self, resolved: Mapping[str, Any]) -> None:
         try:
-            before = yaml.safe_load(self.config.read_text())
-        except (OSError, yaml.YAMLError) as error:
+            before = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             raise CheckpointError(
                 f"{self.config} cannot be read ({error}); remove the folder or choose another run.dir"
             ) from None
+        if not isinstance(before, dict):
+            raise CheckpointError(f"{self.config} is not a configuration; remove the folder or choose another run.dir")
         changed = differing_keys(before, resolved)
         if changed:
             shown = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, old, new in changed[:4])
@@ -109,10 +118,24 @@ class RunFolder:
             )
 
 
+def claim(path: Path, key: str) -> TextIO:
+    """A lock on a folder that exists, held until the file is closed or the process ends; ``key`` is its name in the configuration.
+
+    Raises ConfigError where another process holds it.
+    """
+    lock = (path / ".lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise ConfigError(f"{key}={path} is in use by another running job; choose another {key}") from None
+    return lock
+
+
 def differing_keys(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
     """``(key, old, new)`` of every value that differs, but for FREE_KEYS."""
     changed = []
-    for key in sorted({*before, *now}):
+    for key in sorted({*before, *now}, key=str):
         full = f"{prefix}{key}"
         if full in FREE_KEYS:
             continue

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import cast
+from typing import Any, cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,12 +19,14 @@ from distill.data import Example, Task
 from distill.data.order import SampleOrder
 from distill.data.tokenize import CannotEncode, OnLong, TokenSequence, TooLong, encode_examples, encode_prompt
 from distill.errors import DataError
-from distill.methods.base import Method, SequenceFacts, Source, Writer
+from distill.methods.base import Method, SequenceFacts, Source
 from distill.models import context_length
 from distill.monitors import BY_STUDENT, WordCounter
+from distill.rollouts.engines import BuiltinEngine, Engine, Who
 from distill.rollouts.generator import Generator
 from distill.rollouts.rollout import Trajectory
 from distill.rollouts.sampling import SamplingParams
+from distill.rollouts.slot_time import SlotTime
 from distill.seeds import mix
 
 ORDER, SOURCE, ROLLOUT, PROBE = 11, 12, 13, 15  # purposes: keep the random choices apart
@@ -43,7 +45,11 @@ class StepSamples:
     correct: int = 0
     student_tokens: float = 0.0  # decoded by the student, probes and discarded spans included
     teacher_tokens: float = 0.0
+    teacher_read: float = 0.0  # read by the teacher and not written by it, see ``distill.token_counts``
     seconds: float = 0.0
+    slot_time: SlotTime | None = (
+        None  # of the student's rollouts that are trained on; None without any, or from a server
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +63,10 @@ class Wanted:
 
 
 class SampleSource:
-    """Makes sequences for ranges of global sample numbers. ``teacher`` writes where the method wants teacher text."""
+    """Makes sequences for ranges of global sample numbers. ``teacher`` writes where the method wants teacher text.
+
+    ``engine`` makes the rollouts; None: the built-in one.
+    """
 
     def __init__(
         self,
@@ -66,13 +75,20 @@ class SampleSource:
         tokenizer: PreTrainedTokenizerBase,
         method: Method,
         teacher: PreTrainedModel | None,
+        engine: Engine | None = None,
     ) -> None:
         self.config, self.task, self.tokenizer, self.method, self.teacher = config, task, tokenizer, method, teacher
+        self.engine = engine or BuiltinEngine(config, tokenizer, method, teacher)
         self.order = SampleOrder(len(task), mix(config.seed, ORDER))
         self._words = WordCounter(config.monitor.epistemic_words)
-        self._generators: dict[int, Generator] = {}
-        self._writers: dict[int, Writer] = {}
         self._teacher_context = context_length(teacher) if teacher is not None else None
+
+    def state(self) -> dict[str, Any] | None:
+        """This rank's part of a checkpoint. None: what is made follows from the sample numbers alone."""
+        return None
+
+    def restore(self, state: dict[str, Any] | None) -> None:
+        """Put back what `state` returned."""
 
     @property
     def needs_student(self) -> bool:
@@ -135,6 +151,8 @@ class SampleSource:
         sequence = self.method.supervise(replace(sequence, sample=wanted.sample), self.tokenizer)
         if not self._teacher_can_read(sequence):
             return
+        if "teacher" in self.method.needs:
+            made.teacher_read += len(sequence.before_teacher().ids)
         flags = sequence.supervised
         tokens = len(sequence.response_ids) if flags is None else sum(flags)
         made.sequences.append(sequence)
@@ -178,8 +196,7 @@ class SampleSource:
         """Fill ``slots`` with what the source's writer makes of each prompt that leaves room."""
         prompts = {w.sample: encode_prompt(self.tokenizer, w.example) for w in wanted}
         fitting = [w for w in wanted if prompt_fits(w.example, prompts[w.sample], self.config)]
-        seeds = [mix(self.config.seed, ROLLOUT, w.sample) for w in fitting]
-        written = self._trajectories(source, [prompts[w.sample] for w in fitting], seeds, student)
+        written = self._trajectories(source, fitting, [prompts[w.sample] for w in fitting], student, made)
         for w, trajectory in zip(fitting, written, strict=True):
             accepted = trajectory.accepted_ids
             correct = self._judge(w.example, trajectory.ids if accepted is None else accepted)
@@ -200,15 +217,34 @@ class SampleSource:
             by_teacher = len(trajectory.ids) if source is Source.TEACHER else 0
             made.student_tokens += trajectory.notes.get("student_tokens", len(trajectory.ids) - by_teacher)
             made.teacher_tokens += trajectory.notes.get("teacher_tokens", by_teacher)
+            if source is not Source.STUDENT:  # the teacher reads the prompt, and the steps that it judges
+                judged = trajectory.notes.get("student_tokens", 0.0) if source is Source.MONITORED else 0.0
+                made.teacher_read += len(prompt) + judged
+
+    def _seed(self, sample: int) -> int:
+        """Of the random numbers that write this sample."""
+        return mix(self.config.seed, ROLLOUT, sample)
 
     def _trajectories(
-        self, source: Source, prompts: list[list[int]], seeds: list[int], student: PreTrainedModel | None
+        self,
+        source: Source,
+        wanted: Sequence[Wanted],
+        prompts: list[list[int]],
+        student: PreTrainedModel | None,
+        made: StepSamples,
     ) -> Sequence[Trajectory]:
+        """What the source's writer makes of each prompt, in order."""
+        seeds = [self._seed(w.sample) for w in wanted]
         if source is Source.MONITORED:
-            return self._writer(student).generate(prompts, seeds)
+            assert student is not None
+            return self.engine.writer(student).generate(prompts, seeds)
+        who: Who = "student" if source is Source.STUDENT else "teacher"
         model = student if source is Source.STUDENT else self.teacher
         assert model is not None
-        rollouts = self._generator(model).generate(prompts, sampling_params(self.config.rollout), seeds)
+        generator = self.engine.generator(who, model)
+        rollouts = generator.generate(prompts, sampling_params(self.config.rollout), seeds)
+        if source is Source.STUDENT and isinstance(generator, Generator):
+            made.slot_time = generator.slot_time
         return [Trajectory(r.response_ids, None, r.logprobs, r.finish != "length") for r in rollouts]
 
     def _probe(
@@ -224,7 +260,8 @@ class SampleSource:
         asked = [g for g in examples if prompt_fits(examples[g], prompts[g], self.config) for _ in range(count)]
         seeds = [mix(self.config.seed, PROBE, group, number % count) for number, group in enumerate(asked)]
         params = sampling_params(self.config.rollout)
-        rollouts = self._generator(student).generate([prompts[group] for group in asked], params, seeds)
+        generator = self.engine.generator("student", student)
+        rollouts = generator.generate([prompts[group] for group in asked], params, seeds)
         right = dict.fromkeys(asked, 0.0)
         for group, rollout in zip(asked, rollouts, strict=True):
             right[group] += self._judge(examples[group], rollout.response_ids) or 0.0
@@ -239,21 +276,6 @@ class SampleSource:
 
     def _text(self, response: list[int]) -> str:
         return str(self.tokenizer.decode(response, skip_special_tokens=True))
-
-    def _generator(self, model: PreTrainedModel) -> Generator:
-        """One generator per model, kept for its cache."""
-        if id(model) not in self._generators:
-            self._generators[id(model)] = Generator(
-                model, self.tokenizer, slots=self.config.rollout.slots, context_length=self.config.train.max_length
-            )
-        return self._generators[id(model)]
-
-    def _writer(self, student: PreTrainedModel | None) -> Writer:
-        assert student is not None
-        assert self.teacher is not None
-        if id(student) not in self._writers:
-            self._writers[id(student)] = self.method.writer(student, self.teacher, self.tokenizer, self.config)
-        return self._writers[id(student)]
 
 
 def prompt_fits(example: Example, prompt: Sequence[int], config: RunConfig) -> bool:

@@ -4,7 +4,8 @@
     torchrun --nproc-per-node 2 -m distill.train experiment=demo_teacher method=gkd \\
         model.teacher.path=outputs/teacher/final run.dir=outputs/student  # and teaches another, on two ranks
 
-Start the same command again after a crash: it continues from the last checkpoint to the same losses.
+Start the same command again after a crash: it continues from the last checkpoint to the same losses. At SIGUSR1 it saves a
+checkpoint and leaves with exit status 75, see ``distill.stopping``.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
 
+import ncclx_py
 from distill.assembly import Parts, assemble
 from distill.cli import run_command
 from distill.config import RunConfig, load_config
@@ -26,15 +29,22 @@ from distill.models import count_parameters
 from distill.plots import plot_curves
 from distill.progress import say
 from distill.runs import RunFolder, write_json
+from distill.stopping import listen
+
+if TYPE_CHECKING:
+    from distill.trainer import Trainer
 
 
 def train(config: RunConfig) -> dict[str, Any]:
     """Run to the end; returns the summary that also stands in ``summary.json``. All ranks call it together."""
+    replicas = config.engine.replicas
+    folder = RunFolder(config.run.dir, replicas.id if replicas.enabled else None)
+    ncclx_py.trace_into(folder.replica / "trace")
     with process_group(config.comm):
-        accumulation_steps(config.train, world_size())  # an impossible batch is refused before anything is loaded
+        if not replicas.enabled:
+            accumulation_steps(config.train, world_size())  # an impossible batch is refused before anything is loaded
         with all_or_nothing(DistillError):
             parts = assemble(config)
-        folder = RunFolder(config.run.dir)
         with all_or_nothing(CheckpointError if folder.config.exists() else ConfigError):
             if rank() == 0:
                 folder.enter(config.resolved, config.run.resume)
@@ -53,6 +63,11 @@ def _train_in(folder: RunFolder, config: RunConfig, parts: Parts) -> dict[str, A
 
     began = time.perf_counter()
     trainer = Trainer(config, parts, folder)
+    with closing(trainer):
+        return _run(trainer, folder, config, parts, began)
+
+
+def _run(trainer: Trainer, folder: RunFolder, config: RunConfig, parts: Parts, began: float) -> dict[str, Any]:
     if trainer.resume():
         say(f"continuing {folder.path} from step {trainer.done}")
     say(
@@ -60,26 +75,36 @@ def _train_in(folder: RunFolder, config: RunConfig, parts: Parts) -> dict[str, A
         f"{world_size()} ranks on {config.comm.backend}, ZeRO-{config.engine.zero_stage}, {config.engine.dtype}"
     )
     measured = trainer.run()
-    export_student(trainer.engine, parts.tokenizer, folder.final)
     summary = {
         "backend": config.comm.backend,
         "world_size": world_size(),
         "steps": trainer.done,
         "seconds": round(time.perf_counter() - began, 2),
         "parameters": count_parameters(trainer.engine.student),
+        "tokens": trainer.tokens.state(),
         "final": str(folder.final),
         **measured,
     }
-    if rank() == 0:
-        plot_curves(read_metrics(folder.metrics), folder.curves, str(folder.path))
-        write_json(folder.summary, summary)
+
+    def write() -> None:
+        export_student(trainer.engine, parts.tokenizer, folder.final)
+        if rank() == 0:
+            plot_curves(read_metrics(folder.metrics), folder.curves, str(folder.path))
+            write_json(folder.summary, summary)
+
+    trainer.replicas.conclude(write)
     say(f"model: {folder.final}   figures: {folder.metrics}   picture: {folder.curves}")
     return summary
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    return run_command("train", __doc__ or "", lambda overrides: train(load_config("config", overrides)), arguments)
+
+    def body(overrides: list[str]) -> dict[str, Any]:
+        listen()
+        return train(load_config("config", overrides))
+
+    return run_command("train", __doc__ or "", body, arguments)
 
 
 if __name__ == "__main__":

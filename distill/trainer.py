@@ -13,31 +13,41 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+import ncclx_py
 from distill.aggregation import aggregation_scales, tokens_per_sequence
 from distill.assembly import Parts
 from distill.checkpoint import Checkpoints
 from distill.config import RunConfig
-from distill.data.order import shard
 from distill.data.packing import check_packing
-from distill.distributed import all_or_nothing, device, gathered, raise_first, rank, total, world_size
+from distill.distributed import all_or_nothing, device, gathered, raise_first, rank
 from distill.engine import TrainEngine
-from distill.errors import CheckpointError, DataError, NonFiniteLossError
+from distill.errors import CheckpointError, DataError, NonFiniteLossError, ServerError
 from distill.evaluation import Evaluator
-from distill.methods.base import BatchFacts, SequenceFacts, Targets
-from distill.metrics import MetricsLog
+from distill.methods.base import BatchFacts, Targets
 from distill.micro_batches import Layout, MicroBatch, micro_batches
+from distill.models import causal_lm
 from distill.monitors import Monitors, text_figures
 from distill.progress import StepProgress
+from distill.replicas.many import make_replicas
+from distill.rollouts.engines import open_engine
+from distill.rollouts.slot_time import SlotTime
 from distill.runs import RunFolder
 from distill.samples import SampleSource, StepSamples
 from distill.seeds import mix
+from distill.sorted_samples import SortedSamples, schedule_figures
+from distill.stopping import ToldToStop, told
 from distill.teacher import FrozenModels
+from distill.token_counts import TokenCounts
 from distill.totals import StepTotals
+from ncclx_py.elastic import Dropped, EpochChanged, RunFinished
 
 DROPOUT, DRAWS = 14, 16  # purposes of the random numbers during a step
 
@@ -50,7 +60,6 @@ class Trainer:
         self.method = parts.method
         self.frozen = FrozenModels(parts)
         self.engine = TrainEngine(parts.student, config.engine, config.train)
-        self.source = SampleSource(config, parts.task, parts.tokenizer, self.method, self.frozen.writer)
         self.evaluator = Evaluator(config, parts.held_out, parts.tokenizer, in_training=True)
         self.checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep)
         self.monitors = Monitors(config.monitor)
@@ -59,79 +68,110 @@ class Trainer:
         train = config.train
         self.layout = Layout(train.micro_batch_size, self.engine.accumulation, train.pack, pad, device())
         self.done = 0  # optimizer steps taken
-        self.stopped = False  # train.stop_at was reached
+        self.stopped = False  # train.stop_at or train.token_budget was reached
+        self.tokens = TokenCounts()
         self.last_eval: dict[str, float] = {}
+        # Last, as it may start servers, which `close` ends.
+        teacher = self.frozen.writer
+        self.rollouts = open_engine(config, parts.tokenizer, self.method, parts.student, teacher, folder.path)
+        self.replicas = make_replicas(config, folder)
+        samples = SortedSamples if config.rollout.schedule == "sorted" else SampleSource
+        self.source = samples(config, parts.task, parts.tokenizer, self.method, teacher, self.rollouts)
+
+    def close(self) -> None:
+        """End what the run has started beside itself."""
+        self.replicas.close()
+        self.rollouts.close()
 
     def resume(self) -> bool:
+        """Continue from the newest checkpoint, or with the other replicas from where they are; False: from the start."""
+        return self.replicas.enter(self)
+
+    def load_newest(self) -> bool:
         """Continue from the newest checkpoint, if there is one."""
         newest = self.checkpoints.latest()
-        if newest is None:
-            return False
-        state, frozen = self.checkpoints.load(self.engine, newest)
+        if newest is not None:
+            self.load(self.checkpoints, newest)
+        return newest is not None
+
+    def load(self, checkpoints: Checkpoints, checkpoint: Path) -> None:
+        """Put everything back to where it was when the checkpoint was written."""
+        state, frozen = checkpoints.load(self.engine, checkpoint)
         with all_or_nothing(CheckpointError):
             self.frozen.restore(frozen)
+        self.restore(state)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Put back what `state` returned."""
         self.done, self.stopped, self.last_eval = state["step"], state["stopped"], state["eval"]
         self.monitors.restore(state["monitors"])
-        return True
+        self.source.restore(state["samples"][rank()])
+        self.tokens = TokenCounts(**state["tokens"])
 
     def run(self) -> dict[str, float]:
-        """Train to the end (or until ``train.stop_at``); returns the last evaluation's figures."""
-        options, log = self.config.train, None
+        """Train to the end (or until ``train.stop_at``, ``train.token_budget``); returns the last evaluation's figures."""
+        options, log, leave = self.config.train, None, False
         if rank() == 0:
-            kept = self.done or -1  # without a checkpoint step 0 is measured again
-            log = MetricsLog(self.folder, self.config.run, kept, self.config.resolved)
+            log = self.replicas.log(self)
         if options.pack:
             self._check_packing()
-        with StepProgress("train", options.steps, self.done, options.log_every) as progress:
+        progress = StepProgress("train", options.steps, self.done, options.log_every)
+        with progress, suppress(RunFinished):  # by other replicas, while this one was away
             if self.done == 0 and self.config.eval.every:
                 before = self._evaluate(progress)
                 if log is not None:
-                    log.write(0, before)
+                    log.write(0, before | self.tokens.figures())
             while self.done < options.steps and not self.stopped:
                 figures, alarms = self.step()
                 for line in alarms:
                     progress.note(f"step {self.done}: {line}")
-                self.stopped = self._evaluate_if_due(figures, progress)
+                self.stopped = self._after_step(figures, progress)
                 if log is not None:
                     log.write(self.done, figures)
                 progress.update(self.done, shown(figures))
-                if self.stopped or self.done == options.steps or self.done % self.config.checkpoint.every == 0:
-                    self._save()
-                if self.stopped:
-                    progress.note(f"pass@1 reached train.stop_at={options.stop_at} at step {self.done}")
+                ended = self.stopped or self.done == options.steps
+                leave = told() and not ended
+                if ended or leave or self.done % self.config.checkpoint.every == 0:
+                    self.replicas.save(self._save)
+                if leave:
+                    break
         if log is not None:
             log.close()
+        if leave:
+            raise ToldToStop(f"told to stop after step {self.done}: saved; the same command continues")
         return self.last_eval
 
     def _save(self) -> None:
-        """A checkpoint of everything that the rest of the run depends on; sample order and seeds follow from the step."""
-        state = {
+        self.checkpoints.save(self.engine, self.done, self.state(), self.frozen.state())
+
+    def state(self) -> dict[str, Any]:
+        """What the rest of the run depends on besides weights and optimizer; sample order and seeds follow from the step."""
+        return {
             "step": self.done,
             "stopped": self.stopped,
             "eval": self.last_eval,
             "monitors": self.monitors.state(),
+            "samples": gathered(self.source.state()),
+            "tokens": self.tokens.state(),
         }
-        self.checkpoints.save(self.engine, self.done, state, self.frozen.state())
 
     def step(self) -> tuple[dict[str, float], list[str]]:
         """One optimizer step over the next ``train.batch_size`` samples; returns its figures and what is alarming in them."""
         began = time.perf_counter()
-        torch.manual_seed(mix(self.config.seed, DROPOUT, self.done, rank()) % (1 << 63))
-        size = self.config.train.batch_size
-        samples = range(self.done * size, (self.done + 1) * size)
-        self.frozen.renew(self.engine, self.done)
-        made, facts = self._make(samples)
-        batches, denominator = self._batches(made, facts)
-        totals = StepTotals()
-        for number, batch in enumerate(batches):
-            self._accumulate(batch, denominator, facts.progress, totals)
-            if number == len(batches) - 1:
-                figures = self._agree(totals, denominator, made, samples)
-            self.engine.step()
+        while True:
+            self.replicas.begin(self)
+            before = self.tokens.state()
+            try:
+                figures, facts, samples = self._attempt()
+                break
+            except (EpochChanged, Dropped):  # a replica came or went: the same samples again, by those who are there
+                self.engine.discard()
+                self.tokens = TokenCounts(**before)
+        self.engine.step()
         self._check_gradient(samples)
         self.done += 1
         seconds = time.perf_counter() - began
-        figures |= text_figures(facts)
+        figures |= self.replicas.figures()
         figures |= {
             "train/grad_norm": self.engine.grad_norm,
             "train/lr": self.engine.lr,
@@ -140,22 +180,58 @@ class Trainer:
         }
         return figures, self.monitors.after_step(figures, facts)
 
-    def _make(self, samples: range) -> tuple[StepSamples, BatchFacts]:
-        """This rank's sequences, and what every rank knows of all of them. Raises DataError on every rank if one failed."""
-        progress, problem, made = self.done / self.config.train.steps, None, StepSamples()
-        share = shard(samples, rank(), world_size())
-        assert isinstance(share, range)
-        with self.engine.plain_student() if self.source.needs_student else nullcontext() as student:
-            try:
-                made = self.source.make(share, student, progress)
-            except DataError as error:
-                problem = str(error)
-        answers: list[tuple[list[SequenceFacts], str | None]] = gathered((made.facts, problem))
-        raise_first(DataError, [text for _, text in answers])
-        return made, BatchFacts([fact for facts, _ in answers for fact in facts], progress)
+    def _attempt(self) -> tuple[dict[str, float], BatchFacts, range]:
+        """Everything of a step but the step: when this returns, all replicas hold the same gradient and will apply it."""
+        ncclx_py.mark_step(self.done + 1)
+        torch.manual_seed(mix(self.config.seed, DROPOUT, self.done, self.replicas.place) % (1 << 63))
+        size = self.config.train.batch_size
+        samples = range(self.done * size, (self.done + 1) * size)
+        self.frozen.renew(self.engine, self.done)
+        made, facts, slot_times = self._make(samples)
+        batches, denominator = self._batches(made, facts, self.replicas.passes(samples, self.layout.size))
+        totals = StepTotals()
+        for number, batch in enumerate(batches, 1):
+            self.engine.announce(last=number == len(batches))
+            self._accumulate(batch, denominator, facts.progress, totals)
+            if number < len(batches):
+                self.engine.step()
+        figures = self._agree(totals, denominator, made, samples)
+        self.replicas.commit(self)
+        figures |= text_figures(facts) | schedule_figures(self.config, facts, slot_times)
+        return figures, facts, samples
 
-    def _batches(self, made: StepSamples, facts: BatchFacts) -> tuple[list[MicroBatch], float]:
-        """This rank's micro-batches, and what the sum of their scaled losses is to be divided by."""
+    def follow(self, gradients: list[Tensor], state: dict[str, Any]) -> None:
+        """Take a step that other replicas have computed: ``gradients`` as `TrainEngine.gradients` has them, ``state`` after it."""
+        self.frozen.renew(self.engine, self.done)
+        self.engine.announce(last=True)
+        nothing = micro_batches(replace(self.layout, count=1), [], [], [], None)[0]
+        self.engine.backward(self.engine.forward(nothing.student).sum() * 0.0)
+        for ours, theirs in zip(self.engine.gradients(), gradients, strict=True):
+            ours.copy_(theirs)
+        self.engine.step()
+        self.restore(state)
+
+    def _make(self, samples: range) -> tuple[StepSamples, BatchFacts, list[SlotTime | None]]:
+        """This rank's sequences, what every rank knows of all of them, and all ranks' slot-times.
+
+        Raises DataError on every rank if one failed.
+        """
+        progress, problem, made = self.done / self.config.train.steps, None, StepSamples()
+        share = self.replicas.share(samples)
+        with self.engine.whole_student() if self.source.needs_student else nullcontext() as student:
+            self.rollouts.refresh(student)
+            try:
+                if share:
+                    made = self.source.make(share, None if student is None else causal_lm(student), progress)
+            except (DataError, ServerError) as error:
+                problem = str(error)
+        answers = self.replicas.facts((made.facts, problem, made.slot_time))
+        raise_first(DataError, [text for _, text, _ in answers])
+        facts = BatchFacts([fact for facts, _, _ in answers for fact in facts], progress)
+        return made, facts, [slot_time for _, _, slot_time in answers]
+
+    def _batches(self, made: StepSamples, facts: BatchFacts, count: int) -> tuple[list[MicroBatch], float]:
+        """This rank's ``count`` micro-batches, and what the sum of their scaled losses is to be divided by."""
         lengths = [sequence.tokens for sequence in facts.sequences]
         scales = aggregation_scales(self.config.train.aggregation, lengths, tokens_per_sequence(self.config))
         weights = self.method.weigh(facts)
@@ -163,7 +239,7 @@ class Trainer:
         mine = [place[sequence.sample] for sequence in made.sequences]
         seeds = [mix(self.config.seed, DRAWS, sequence.sample) for sequence in made.sequences]
         batches = micro_batches(
-            self.layout,
+            replace(self.layout, count=count),
             made.sequences,
             [scales.relative[position] for position in mine],
             [weights[position] for position in mine],
@@ -194,11 +270,12 @@ class Trainer:
     def _agree(self, totals: StepTotals, denominator: float, made: StepSamples, samples: range) -> dict[str, float]:
         """Global figures of the step. Raises NonFiniteLossError on every rank, before any weight moves."""
         counts = [made.skipped, made.rollouts, made.generated_tokens, made.finished, made.correct, totals.tokens]
-        decoded = [made.student_tokens, made.teacher_tokens]
-        sums = total([*map(float, counts), *decoded, *totals.values()])
-        skipped, rollouts, generated, finished, correct, tokens, by_student, by_teacher, loss, bad, *stats = sums
+        spent = [made.student_tokens, made.teacher_tokens, made.teacher_read]
+        sums = self.replicas.total([*map(float, counts), *spent, *totals.values()])
+        skipped, rollouts, generated, finished, correct, tokens, by_student, by_teacher, read, loss, bad, *stats = sums
         if bad:
             self._stop_for(totals)
+        self.tokens.add(student_generated=by_student, teacher_generated=by_teacher, teacher_read=read, trained=tokens)
         per_token = max(tokens, 1.0)
         figures = {
             "train/loss": loss / denominator,
@@ -207,6 +284,7 @@ class Trainer:
             "data/epoch": self.source.epoch(samples.stop),
             "data/skipped": skipped,
             "perf/sample_s": made.seconds,
+            **self.tokens.figures(),
         }
         figures |= {f"monitor/{name}": value / per_token for name, value in zip(totals.names, stats, strict=True)}
         if by_student or by_teacher:
@@ -223,7 +301,7 @@ class Trainer:
 
     def _stop_for(self, totals: StepTotals) -> None:
         bad = [name for part in gathered(totals.bad_samples()) for name in part]
-        names = f"{', '.join(bad[:4])}{' and others' if len(bad) > 4 else ''}"
+        names = f"{', '.join(bad[:4])}{' and others' if len(bad) > 4 else ''}" if bad else "samples of another replica"
         raise NonFiniteLossError(
             f"step {self.done + 1}: the loss is not finite on {names}; no weight was changed. {self._last_good()}. "
             "Try a lower engine.lr, engine.clip=1, or engine.dtype=float32, and look at these samples"
@@ -241,13 +319,21 @@ class Trainer:
         good = self.checkpoints.latest()
         return f"The last good checkpoint is {good}" if good else "There is no checkpoint yet"
 
-    def _evaluate_if_due(self, figures: dict[str, float], progress: StepProgress) -> bool:
-        """Adds ``eval/…`` to ``figures`` when due; True once ``train.stop_at`` is reached."""
-        every, stop_at = self.config.eval.every, self.config.train.stop_at
-        if not every or (self.done % every and self.done != self.config.train.steps):
-            return False
+    def _after_step(self, figures: dict[str, float], progress: StepProgress) -> bool:
+        """Adds ``eval/…`` to ``figures`` when due; True once ``train.stop_at`` or ``train.token_budget`` is reached."""
+        train, every = self.config.train, self.config.eval.every
+        spent = train.token_budget is not None and self.tokens.spent >= train.token_budget
+        if spent:
+            progress.note(
+                f"step {self.done}: {self.tokens.spent:,.0f} tokens reach train.token_budget={train.token_budget:,}"
+            )
+        if not every or (self.done % every and self.done != train.steps and not spent):
+            return spent
         figures |= self._evaluate(progress)
-        return stop_at is not None and figures["eval/pass_at_1"] >= stop_at
+        good = train.stop_at is not None and figures["eval/pass_at_1"] >= train.stop_at
+        if good:
+            progress.note(f"step {self.done}: pass@1 reached train.stop_at={train.stop_at}")
+        return spent or good
 
     def _evaluate(self, progress: StepProgress) -> dict[str, float]:
         """Measure on the end of the held-out split; ``distill eval`` starts from its front."""

@@ -59,6 +59,7 @@ __all__ = [
 # Imported when used: reasoning-gym is an optional dependency, and answer checking starts up slowly.
 _TASKS = {
     "running_sum": "distill.data.running_sum:RunningSum",
+    "missing_start": "distill.data.missing_start:MissingStart",
     "chain_sum": "distill.data.reasoning:ChainSum",
     "gsm_symbolic": "distill.data.reasoning:GsmSymbolic",
     "gsm8k": "distill.data.gsm8k:Gsm8k",

@@ -115,10 +115,34 @@ class QuestionConfig(DataConfig):
 
 
 @dataclass(kw_only=True)
-class RunningSumConfig(GeneratedConfig):
-    """``data=running_sum``: chained arithmetic, see ``running_sum.py``. ``modulus`` null: plain integers."""
+class FlawsConfig(GeneratedConfig):
+    """Keys of generated tasks whose training references can show how a mistake is taken back, see ``flaws.py``.
 
-    name: str = "running_sum"
+    Attributes:
+        flawed: share of the training references with a flawed span, the marker and the correction.
+        min_carried, max_carried: lines that follow from the wrong one before the marker comes; the response ends it anyway.
+        marker: the line that takes back.
+    """
+
+    flawed: float = 0.0
+    min_carried: int = 0
+    max_carried: int = 2
+    marker: str = "!"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.in_range("flawed", 0.0, 1.0)
+        self.ordered("min_carried", "max_carried", 0, 1000)
+        if not self.marker or not self.marker.isprintable() or set(self.marker) & set("0123456789+-*=#|~ "):
+            raise DataConfigError(
+                "marker", self.marker, "printable characters that are no digit, operator, space or = # | ~"
+            )
+
+
+@dataclass(kw_only=True)
+class ChainConfig(FlawsConfig):
+    """Keys of chained arithmetic. ``modulus`` null: plain integers."""
+
     min_terms: int = 6
     max_terms: int = 6
     min_digits: int = 1
@@ -136,6 +160,45 @@ class RunningSumConfig(GeneratedConfig):
             raise DataConfigError("modulus", None, "products of this many terms and digits need a modulus")
         if not self.operators or set(self.operators) - set("+-*") or len(set(self.operators)) < len(self.operators):
             raise DataConfigError("operators", self.operators, "one or more of + - *, each at most once")
+
+
+@dataclass(kw_only=True)
+class RunningSumConfig(ChainConfig):
+    """``data=running_sum``: chained arithmetic, see ``running_sum.py``.
+
+    Attributes:
+        brief: share of the training problems that are marked with ``~`` and answered with every result once. Above 0, the
+            others, and all test problems, are answered with every result twice.
+    """
+
+    name: str = "running_sum"
+    brief: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.in_range("brief", 0.0, 1.0)
+        if self.brief and self.flawed:
+            raise DataConfigError("brief", self.brief, f"it cannot go together with data.flawed={self.flawed}")
+
+
+@dataclass(kw_only=True)
+class MissingStartConfig(ChainConfig):
+    """``data=missing_start``: chained arithmetic from an unknown number, see ``missing_start.py``."""
+
+    name: str = "missing_start"
+    min_terms: int = 3
+    max_terms: int = 3
+    modulus: int | None = 5
+    flawed: float = 0.3
+    min_carried: int = 1
+    max_carried: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.modulus is None or self.modulus > 10:
+            raise DataConfigError("modulus", self.modulus, "the unknown number is one digit: allowed are 2 to 10")
+        if "*" in self.operators:
+            raise DataConfigError("operators", self.operators, "a product may fit several numbers: one or both of + -")
 
 
 @dataclass(kw_only=True)
@@ -215,6 +278,7 @@ class JsonlConfig(DataConfig):
 
 CONFIGS: dict[str, type[DataConfig]] = {
     "running_sum": RunningSumConfig,
+    "missing_start": MissingStartConfig,
     "chain_sum": ChainSumConfig,
     "gsm_symbolic": GsmSymbolicConfig,
     "gsm8k": Gsm8kConfig,

@@ -106,7 +106,7 @@ def _timed(run: Callable[[], Responses]) -> tuple[float, Responses]:
 def measure(scenario: str, prompts: Responses, args: argparse.Namespace, temperature: float) -> Result:
     """Alternate the engines ``args.repeats`` times after one warm-up each; raises if their greedy tokens differ."""
     model = countdown_model(args.hidden, args.layers, args.vocabulary)
-    engine = Generator(model, _tokenizer(), slots=args.slots)
+    engine = Generator(model, bare_tokenizer(), slots=args.slots)
     params = SamplingParams(max_new_tokens=args.longest, temperature=temperature)
 
     def ours() -> Responses:
@@ -126,7 +126,7 @@ def measure(scenario: str, prompts: Responses, args: argparse.Namespace, tempera
     return Result(scenario, len(prompts), tokens, hf_speeds, our_speeds, round(statistics.median(ratios), 2), spread)
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
+def bare_tokenizer() -> PreTrainedTokenizerFast:
     from tokenizers import Tokenizer, models
 
     return PreTrainedTokenizerFast(

@@ -54,11 +54,18 @@ class Flight:
         """Rows in flight."""
         return len(self._order)
 
-    def add(self, rows: Sequence[int], seeds: Sequence[int], limits: Sequence[int] | None = None) -> None:
+    def add(
+        self,
+        rows: Sequence[int],
+        seeds: Sequence[int],
+        limits: Sequence[int] | None = None,
+        written: Sequence[Sequence[float]] | None = None,
+    ) -> None:
         """Let open rows join, each with its seed; a row gets ``max_new_tokens`` or what the context leaves.
 
-        ``limits`` (at least 1 each) replaces ``max_new_tokens`` row by row. Raises ``ValueError`` for a row that is empty or
-        already fills the context.
+        ``limits`` (at least 1 each) replaces ``max_new_tokens`` row by row. ``written[i]`` says that the last tokens of row ``i``
+        are the beginning of its response, with these log-probabilities: limits, stop strings and the row's segment count
+        from there, as if it had never left. Raises ``ValueError`` for a row that is empty or already fills the context.
         """
         chosen = np.asarray(rows, dtype=np.int64)
         most = self._params.max_new_tokens if limits is None else np.asarray(limits, dtype=np.int64)
@@ -67,8 +74,12 @@ class Flight:
             if not 1 <= length < context:
                 raise ValueError(f"row {row} holds {length} tokens; decoding needs 1 to {context - 1}")
         self._keys[chosen] = seed_keys(seeds)
-        self._begin[chosen] = lengths
-        self._end[chosen] = np.minimum(lengths + most, context)
+        begin = lengths if written is None else lengths - [len(one) for one in written]
+        self._begin[chosen] = begin
+        self._end[chosen] = np.minimum(begin + most, context)
+        for row, start, one in zip(rows, begin, written or ()):
+            self._hold(int(start) + len(one))
+            self._logprobs[row, start : start + len(one)] = one
         self._session.prefill(rows)
         self._order = np.concatenate([self._order, chosen])
 
@@ -91,6 +102,11 @@ class Flight:
         self._order = np.array([row for row in order.tolist() if row not in finishes], dtype=np.int64)
         return [self._segment(row, *why) for row, why in finishes.items()]
 
+    def land(self) -> list[tuple[int, list[int], list[float]]]:
+        """(row, ids, log-probabilities) of every row in flight, none of which has ended; they leave the flight and stay open."""
+        rows, self._order = self._order.tolist(), self._order[:0]
+        return [(row, *self._gained(row)) for row in rows]
+
     def _draw(self, order: Ints, position: Ints) -> tuple[Ints, NDArray[np.float32]]:
         # Inference mode saves a few percent over no_grad. Not for Hugging Face forwards: a model may keep a table it
         # makes on the way, and tensors from inference mode would break its training later.
@@ -112,12 +128,16 @@ class Flight:
         return tokens.cpu().numpy(), values
 
     def _record(self, order: Ints, position: Ints, logprobs: NDArray[np.float32]) -> None:
-        needed, held = int(position.max()) + 1, self._logprobs.shape[1]
+        self._hold(int(position.max()) + 1)
+        self._logprobs[order, position] = logprobs
+
+    def _hold(self, needed: int) -> None:
+        """Make room for log-probabilities of ``needed`` positions."""
+        held = self._logprobs.shape[1]
         if needed > held:
             grown = np.zeros((len(self._logprobs), max(needed, 2 * held, 128)), dtype=np.float32)
             grown[:, :held] = self._logprobs
             self._logprobs = grown
-        self._logprobs[order, position] = logprobs
 
     def _finishes(self, order: Ints, tokens: Ints, length: Ints) -> dict[int, tuple[Finish, str | None]]:
         """Row → why it ended, for the rows that did: EOS before stop string before length."""
@@ -135,5 +155,8 @@ class Flight:
         return finishes
 
     def _segment(self, row: int, finish: Finish, stop: str | None) -> Segment:
+        return Segment(row, *self._gained(row), finish, stop)
+
+    def _gained(self, row: int) -> tuple[list[int], list[float]]:
         begin, end = int(self._begin[row]), self._session.length(row)
-        return Segment(row, self._session.tokens(row, begin), self._logprobs[row, begin:end].tolist(), finish, stop)
+        return self._session.tokens(row, begin), self._logprobs[row, begin:end].tolist()

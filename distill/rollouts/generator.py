@@ -17,9 +17,10 @@ from distill.rollouts.forward import check_supported, unwrap
 from distill.rollouts.rollout import Rollout
 from distill.rollouts.sampling import SamplingParams
 from distill.rollouts.session import Session, resolve_context
+from distill.rollouts.slot_time import SlotTime
 from distill.rollouts.stops import StopMatcher
 
-_REFILL_SHARE = 8
+REFILL_SHARE = 8
 """Waiting prompts enter once an eighth of the slots is free: a prefill costs a tiny model as much as a decode step."""
 
 
@@ -80,6 +81,7 @@ class Generator:
         self.context_length = resolve_context(unwrap(model), context_length)
         self.eos = eos_ids(model, tokenizer)
         self._matcher: StopMatcher | None = None
+        self.slot_time = SlotTime()  # of the last `generate`
 
     def generate(
         self,
@@ -100,6 +102,7 @@ class Generator:
             raise ValueError(f"rollout: {len(prompts)} prompts but {len(seeds)} seeds; each prompt needs one")
         starts = [self._start(index, prompt) for index, prompt in enumerate(prompts)]
         if not starts:
+            self.slot_time = SlotTime()
             return []
         results: list[Rollout | None] = [None] * len(starts)
         done = 0
@@ -117,22 +120,27 @@ class Generator:
         self, prompts: list[list[int]], params: SamplingParams, seeds: Sequence[int]
     ) -> Iterator[tuple[int, Segment]]:
         """(prompt index, what was sampled), as rows end."""
-        session = Session(
-            self.model, slots=min(self.slots, len(prompts)), context_length=self.context_length, lean=self.lean
-        )
-        flight = Flight(session, params, sorted(self.eos), self._matched(params.stop))
+        session, flight = self.flight(params, len(prompts))
+        self.slot_time = SlotTime(session.slots)
         # Longest first: neighbours in flight have similar lengths, and equal prompts meet and share their prefill.
         waiting = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), prompts[index], -index))
         owner: dict[int, int] = {}
         while waiting or flight:
-            if waiting and (not flight or session.free * _REFILL_SHARE >= session.slots):
+            if waiting and (not flight or session.free * REFILL_SHARE >= session.slots):
                 entering = [waiting.pop() for _ in range(min(session.free, len(waiting)))]
                 rows = open_shared(session, [prompts[index] for index in entering])
                 flight.add(rows, [seeds[index] for index in entering])
                 owner.update(zip(rows, entering))
+            self.slot_time.tick(len(flight))
             for segment in flight.step():
                 session.close([segment.row])
                 yield owner.pop(segment.row), segment
+
+    def flight(self, params: SamplingParams, most: int) -> tuple[Session, Flight]:
+        """An empty session over the model as it is now, of ``slots`` rows or ``most`` if that is fewer, and a flight over it."""
+        slots = min(self.slots, most)
+        session = Session(self.model, slots=slots, context_length=self.context_length, lean=self.lean)
+        return session, Flight(session, params, sorted(self.eos), self._matched(params.stop))
 
     def _matched(self, stop: tuple[str, ...]) -> StopMatcher | None:
         """The matcher for these stop strings; kept from call to call, as it has read the whole vocabulary."""

@@ -43,7 +43,7 @@ class Monitored:
     """The engine for one student and one teacher of the same tokenizer family.
 
     ``params`` serve both models; its ``max_new_tokens`` is a trajectory's budget, its ``stop`` strings end a trajectory. About
-    ``slots`` rows decode together; caches hold 1.5 (student) and 2.5 (teacher) times as many. ``context_length`` bounds
+    ``slots`` rows decode together; caches hold 2.5 (student) and 3.5 (teacher) times as many. ``context_length`` bounds
     the prompt with its stitched response. The models are used as they are at each call.
 
     Raises ConfigError for a marker that the tokenizer cannot write, ``ValueError`` for a context beyond either model's,

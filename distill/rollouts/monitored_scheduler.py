@@ -28,14 +28,13 @@ from distill.rollouts.flight import Flight, Segment
 from distill.rollouts.forward import unwrap
 from distill.rollouts.generator import open_shared
 from distill.rollouts.monitored_options import MonitorOptions
+from distill.rollouts.monitored_rules import Rules
 from distill.rollouts.monitored_teacher import SharedSession, read_steps
 from distill.rollouts.monitored_trajectory import Draft, Marker, MonitoredTrajectory, Step
 from distill.rollouts.rollout import Finish
 from distill.rollouts.sampling import SamplingParams
 from distill.rollouts.stops import StopMatcher
-from distill.seeds import mix
 
-STUDENT, TEACHER = 31, 32  # purposes of the seeds after a takeover
 _ENTER_SHARE = 8
 """Rows enter together once an eighth of the slots is free: a prefill costs a small model as much as a decode step."""
 
@@ -90,10 +89,12 @@ class Scheduler:
         seeds: Sequence[int],
     ) -> None:
         self._kit, self._prompts, self._seeds = kit, prompts, seeds
+        self._rules = Rules(kit.options, kit.whole, kit.marker, kit.student_eos, kit.context)
         self.usage = Usage()
         slots = min(kit.slots, len(prompts))
-        # Half as many again may wait for judgement while `slots` decode; as many again may be with the teacher.
-        pool = slots + slots // 2
+        # While `slots` decode, 1.5 times as many may wait for judgement, so that the teacher reads few and large batches; as many
+        # as `slots` may be with the teacher.
+        pool = 2 * slots + slots // 2
         self._slots, self._vocabulary = slots, vocabulary(teacher)
         shared = min(vocabulary(student), self._vocabulary)
         self._student = SharedSession(student, slots=pool, context_length=kit.context, vocabulary=shared)
@@ -148,18 +149,10 @@ class Scheduler:
         self._send_exploring(drafts)
 
     def _send_exploring(self, drafts: list[Draft]) -> None:
-        """The first stretch draws as a plain rollout with this seed does; after a takeover the seed is a new one, as the same
-        positions are drawn again.
-        """
-        seeds = [mix(d.seed, STUDENT, len(d.takeovers)) if d.takeovers else d.seed for d in drafts]
-        limits = [min(self._kit.options.step_tokens, self._left(draft)) for draft in drafts]
+        seeds = [self._rules.explore_seed(draft) for draft in drafts]
+        limits = [self._rules.explore_limit(draft) for draft in drafts]
         with self._at_work("student"):
             self._explore.add([draft.row for draft in drafts], seeds, limits)
-
-    def _left(self, draft: Draft) -> int:
-        """Tokens that the budget of the trajectory and the context still allow."""
-        budget = self._kit.whole.max_new_tokens - len(draft.accepted)
-        return min(budget, self._kit.context - len(draft.prompt) - len(draft.text))
 
     # ------------------------------------------------------------------ decoding
 
@@ -179,18 +172,12 @@ class Scheduler:
         draft.take_over(self._targets.pop(draft.index), segment.ids)
         if flight is self._suffix:
             return [self._finished(draft, segment.finish)]
-        finish = self._end(draft, segment)
+        finish = self._rules.end(draft, segment.finish, segment.stop_string)
         if finish is not None:
             return [self._finished(draft, finish)]
         self._student.append([draft.row], [segment.ids])
         self._returning.append(draft)
         return []
-
-    def _end(self, draft: Draft, segment: Segment) -> Finish | None:
-        """Why the trajectory ends with this segment, which it already holds; None where it goes on."""
-        if segment.finish == "eos" or (segment.finish == "stop" and segment.stop_string in self._kit.whole.stop):
-            return segment.finish
-        return "length" if self._left(draft) < 1 else None
 
     def _finished(self, draft: Draft, finish: Finish) -> tuple[int, MonitoredTrajectory]:
         if draft.row in self._by_row and self._by_row[draft.row] is draft:
@@ -230,7 +217,7 @@ class Scheduler:
                 breached.append(draft)
                 continue
             draft.accept()
-            finish = self._end(draft, segment)
+            finish = self._rules.end(draft, segment.finish, segment.stop_string)
             if finish is None and not found[n]:
                 going_on.append(draft)
             else:
@@ -242,42 +229,25 @@ class Scheduler:
 
     def _hand_over(self, draft: Draft) -> bool:
         """Rewind both models to t*; false where the context leaves no room for a correction: then the student's steps stand."""
-        kit, options = self._kit, self._kit.options
-        target = draft.target(options)
-        flawed = draft.flawed_text(kit.marker, kit.student_eos) if options.keep_flawed else None
-        kept = draft.kept(target)
-        text = kept if flawed is None else len(flawed[0]) + len(flawed[1])
-        if kit.context - len(draft.prompt) - text < 1:
-            draft.forgo(target)
+        handed = self._rules.hand_over(draft)
+        if handed is None:
             return False
-        draft.take_back(target, flawed, options.mask_flawed)
-        self._targets[draft.index] = target
+        self._targets[draft.index], kept = handed
         self._teacher.rewind(draft.monitor, len(draft.prompt) + kept)
-        if self._writes_on(draft):
+        if self._rules.writes_on(draft):
             self._close_student(draft)
         else:
             self._student.rewind(draft.row, len(draft.prompt) + kept)
         return True
 
-    def _writes_on(self, draft: Draft) -> bool:
-        """Whether the takeover that begins is the last one: the teacher writes to the end."""
-        most = self._kit.options.max_breaches
-        return most > 0 and len(draft.takeovers) + 1 >= most
-
     def _start_teacher(self, drafts: list[Draft]) -> None:
-        options = self._kit.options
         for flight, last in ((self._suffix, True), (self._repair, False)):
-            chosen = [draft for draft in drafts if self._writes_on(draft) is last]
-            if not chosen:
-                continue
-            limits = []
-            for draft in chosen:
-                budget = self._kit.whole.max_new_tokens - len(draft.accepted)
-                budget = max(budget, options.suffix_floor) if last else min(budget, options.step_tokens)
-                limits.append(min(budget, self._kit.context - len(draft.prompt) - len(draft.text)))
-            seeds = [mix(draft.seed, TEACHER, len(draft.takeovers)) for draft in chosen]
-            with self._at_work("teacher"):
-                flight.add([draft.monitor for draft in chosen], seeds, limits)
+            chosen = [draft for draft in drafts if self._rules.writes_on(draft) is last]
+            if chosen:
+                limits = [self._rules.takeover_limit(draft) for draft in chosen]
+                seeds = [self._rules.takeover_seed(draft) for draft in chosen]
+                with self._at_work("teacher"):
+                    flight.add([draft.monitor for draft in chosen], seeds, limits)
 
     @contextmanager
     def _at_work(self, who: str) -> Iterator[None]:

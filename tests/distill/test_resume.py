@@ -128,14 +128,23 @@ def test_killed_jobs_continue_to_the_same_losses(base_overrides: list[str], tmp_
             "monitor.length_growth=1",
             "monitor.baseline_steps=2",
         ],
+        [
+            "method=gkd",
+            "rollout.schedule=sorted",
+            "rollout.oversubscribe=2.5",
+            "rollout.slots=6",
+            "rollout.max_new_tokens=40",
+            "rollout.max_staleness=3",
+        ],
         ["method=ace", "method.group=8", "method.kl=0.1", "engine.zero_stage=3", "train.aggregation.kind=delta_l"],
     ],
-    ids=["lora-muon", "bf16", "bf16-zero3", "self-teacher", "reference-zero3"],
+    ids=["lora-muon", "bf16", "bf16-zero3", "self-teacher", "sorted-rollouts", "reference-zero3"],
 )
 def test_every_kind_of_state_comes_back(
     options: list[str], base_overrides: list[str], two_ranks: RankPool, tmp_path: Path
 ) -> None:
-    """Adapters and dropout, fp32 masters, shards, a renewed and an initial copy of the student, alarms: one kill each."""
+    """Adapters and dropout, fp32 masters, shards, a renewed and an initial copy of the student, alarms, a pool of
+    partial rollouts: one kill each."""
     whole, broken, log = tmp_path / "whole", tmp_path / "broken", tmp_path / "log"
     common = [*base_overrides, *options, *SCHEDULE]
     two_ranks.run(run_here, [*common, f"run.dir={whole}"])

@@ -122,3 +122,25 @@ def test_alphabet_covers_every_example():
     task = make(operators="+*", modulus=7, max_digits=3)
     text = "".join(task[i].prompt + task[i].reference for i in range(200))
     assert set(text) == set(task.alphabet)
+
+
+def test_a_mark_asks_for_a_brief_answer():
+    task = make(brief=0.5)
+    marked = 0
+    for index in range(400):
+        example, plain = task[index], make()[index]
+        lines = plain.reference.split("\n")
+        brief = example.prompt.startswith("~")
+        marked += brief
+        assert example.prompt.removeprefix("~") == plain.prompt
+        assert example.reference.split("\n") == (
+            lines if brief else [x for y in lines[:-1] for x in (y, y)] + lines[-1:]
+        )
+        for response in (plain.reference, example.reference):
+            assert task.verify(example, response).exact_chain
+        assert not task.verify(example, "\n".join([lines[0], *lines])).exact_chain
+    assert 150 < marked < 250
+    test = make("test", brief=1.0)
+    assert not any(test[i].prompt.startswith("~") for i in range(100))
+    with pytest.raises(ValueError, match=r"data\.brief=0\.5.*data\.flawed=0\.2"):
+        make(brief=0.5, flawed=0.2)

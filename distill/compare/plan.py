@@ -1,0 +1,129 @@
+"""From a comparison to its jobs: one training run with its final evaluation each, stages first.
+
+    DIR/stages/NAME[/seed_S]/        prerequisites that all entries share
+    DIR/entries/NAME/seed_S/         a run of an entry: a run folder with job.json, job.log and outcome.json beside the usual files
+
+An override may hold ``{NAME}``, which becomes the folder of that stage's model (of the same seed), and makes the job wait for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from distill.compare.config import Comparison
+from distill.config import RunConfig, load_config
+from distill.engine import accumulation_steps
+from distill.errors import ConfigError
+from distill.methods import build_method
+from distill.runs import RunFolder
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One run. ``seed`` is None for a stage that all seeds share."""
+
+    name: str
+    seed: int | None
+    stage: bool
+    config: RunConfig
+    ranks: int
+    evaluation: dict[str, Any]  # the `eval` section of the final measurement
+    after: list[Job] = field(default_factory=list)  # stages that it uses
+
+    @property
+    def folder(self) -> RunFolder:
+        return RunFolder(self.config.run.dir)
+
+    @property
+    def title(self) -> str:
+        """What a person calls it."""
+        return self.name if self.seed is None else f"{self.name} seed {self.seed}"
+
+    @property
+    def log(self) -> Path:
+        """What its processes say."""
+        return self.folder.path / "job.log"
+
+    @property
+    def steps(self) -> int:
+        return self.config.train.steps
+
+
+def jobs_of(comparison: Comparison) -> list[Job]:
+    """All jobs, each behind those it waits for; seeds in the outer loop, so that an early stop has all entries.
+
+    Raises ConfigError for overrides that cannot work, naming the stage or entry.
+    """
+    return list(_Planner(comparison).jobs())
+
+
+class _Planner:
+    def __init__(self, comparison: Comparison) -> None:
+        self.comparison = comparison
+        self._stages: dict[tuple[str, int | None], Job] = {}
+        self._open: list[str] = []  # stages that are being planned
+
+    def jobs(self) -> Iterator[Job]:
+        settings, budget = self.comparison.compare, self.comparison.compare.budget
+        tokens = "null" if budget.tokens is None else budget.tokens
+        fixed = [f"train.steps={budget.steps}", f"train.token_budget={tokens}"]
+        entries = [
+            self._job(name, seed, False, [*self.comparison.common, *overrides, *self.comparison.extra, *fixed])
+            for seed in settings.seeds
+            for name, overrides in self.comparison.entries.items()
+        ]
+        yield from self._stages.values()  # only those in use, each behind those it needs
+        yield from entries
+
+    def _job(self, name: str, seed: int | None, stage: bool, overrides: list[str]) -> Job:
+        settings = self.comparison.compare
+        where = f"{'stages' if stage else 'entries'}.{name}"
+        used = [s for s in self.comparison.stages if any(f"{{{s}}}" in override for override in overrides)]
+        after = {s: self._stage(s, seed, where) for s in used}
+        written = [_filled(override, after) for override in overrides]
+        folder = Path(settings.dir, "stages" if stage else "entries", name)
+        if seed is not None:
+            folder /= f"seed_{seed}"
+            written.append(f"seed={seed}")
+        config = _checked([*written, f"run.dir={folder}", "run.resume=auto"], where, settings.ranks)
+        return Job(name, seed, stage, config, settings.ranks, asdict(self.comparison.eval), list(after.values()))
+
+    def _stage(self, name: str, seed: int | None, user: str) -> Job:
+        stage = self.comparison.stages[name]
+        if name in self._open:
+            raise ConfigError(
+                f"{user} uses {{{name}}}, which itself waits for {user}: stages cannot use each other in a circle"
+            )
+        if stage.per_seed and seed is None:
+            raise ConfigError(f"{user} uses {{{name}}}, which has a model per seed; set {user}.per_seed=true")
+        key = (name, seed if stage.per_seed else None)
+        if key not in self._stages:
+            self._open.append(name)
+            self._stages[key] = self._job(name, key[1], True, [*stage.overrides, *self.comparison.extra])
+            self._open.pop()
+        return self._stages[key]
+
+
+def _filled(override: str, after: Mapping[str, Job]) -> str:
+    for name, job in after.items():
+        override = override.replace(f"{{{name}}}", str(job.folder.final))
+    return override
+
+
+def _checked(overrides: list[str], where: str, ranks: int) -> RunConfig:
+    """The run's configuration; everything that can be refused before a model is loaded is refused here."""
+    try:
+        config = load_config("config", overrides)
+        build_method(config.method)
+        accumulation_steps(config.train, ranks)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    return config
+
+
+def entry_names(jobs: Iterable[Job]) -> list[str]:
+    """Names of the entries among the jobs, in order."""
+    return list(dict.fromkeys(job.name for job in jobs if not job.stage))
