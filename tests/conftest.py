@@ -22,7 +22,13 @@ sys.modules["harness"] = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(sys.modules["harness"])
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.pluginmanager.hasplugin("xdist"):
+        # A file's tests share ranks that were started once. Those that build networks or clusters look for what is left over on
+        # the machine, and load it: one after another.
+        for item in items:
+            alone = {"net", "slurm"} & {marker.name for marker in item.iter_markers()}
+            item.add_marker(pytest.mark.xdist_group("network" if alone else str(item.path)))
     if any("gpu" in item.keywords for item in items):
         import torch
 
