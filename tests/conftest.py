@@ -23,7 +23,7 @@ _spec.loader.exec_module(sys.modules["harness"])
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.pluginmanager.hasplugin("xdist"):
+    if hasattr(config, "workerinput"):  # a worker of pytest-xdist
         # A file's tests share ranks that were started once. Those that build networks or clusters look for what is left over on
         # the machine, and load it: one after another.
         for item in items:

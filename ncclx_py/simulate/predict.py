@@ -81,13 +81,7 @@ def predict(
     tell = progress or (lambda text: None)
     found = _candidates(collective, cluster, size, itemsize)
     if algorithm:
-        found = [one for one in found if one.algorithm == algorithm]
-        if not found:
-            raise ValueError(
-                f"There is no algorithm {algorithm!r} of {collective}: {', '.join(ALGORITHMS[collective])}."
-            )
-        if found[0].predicted_s is None:
-            raise ValueError(f"{algorithm} does not apply to this {collective}: {found[0].why_not}.")
+        found = _only(found, algorithm, collective)
     best: dict[str, Candidate] = {}
     for one in sorted((one for one in found if one.predicted_s is not None), key=lambda one: one.predicted_s or 0.0):
         best.setdefault(one.algorithm, one)
@@ -156,6 +150,16 @@ def _candidates(collective: Collective, cluster: Cluster, size: int, itemsize: i
             values = {**known.parameters, **parameters}
             found.append(Candidate(name, values, estimated(name, values), "model"))
     return found
+
+
+def _only(found: list[Candidate], algorithm: str, collective: str) -> list[Candidate]:
+    """Those of one algorithm. Raises ValueError where there are none, or it does not apply."""
+    chosen = [one for one in found if one.algorithm == algorithm]
+    if not chosen:
+        raise ValueError(f"There is no algorithm {algorithm!r} of {collective}: {', '.join(ALGORITHMS[collective])}.")
+    if chosen[0].predicted_s is None:
+        raise ValueError(f"{algorithm} does not apply to this {collective}: {chosen[0].why_not}.")
+    return chosen
 
 
 def _bound(collective: Collective, cluster: Cluster, size: int, itemsize: int) -> Bound:

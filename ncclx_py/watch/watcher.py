@@ -63,13 +63,16 @@ class Watcher:
         self._closed = self._complained = False
         self._writing: threading.Thread | None = None
         self._latest: _Wish | None = None
+        self._due = False  # the cause is known, and its dump about to be written
         self._former_fd = -1
         self._thread = threading.Thread(target=self._work, name="ncclx-watcher", daemon=True)
         self._thread.start()
 
-    def want(self, reason: str, detail: str, wait: bool = True) -> None:
-        """Asks for a dump, and gives it `PATIENCE` to be written."""
-        wish = self._latest = _Wish(reason, detail)
+    def want(self, reason: str, detail: str, wait: bool = True, cause: bool = False) -> None:
+        """Asks for a dump, and gives it `PATIENCE` to be written. `cause`: this is what went wrong, and what follows is not."""
+        wish = self._latest = _Wish(reason, detail)  # before the cause: a signal may come between any two lines
+        if cause:
+            self._cause = (reason, detail)
         self._wishes.append(wish)
         self._wake_up()
         if wait and threading.current_thread() is not self._thread:
@@ -80,8 +83,7 @@ class Watcher:
         counts: by the next, this rank may have gone on, and its dump would no longer show where it was."""
         if group not in self._told:
             self._told.add(group)
-            self._cause = (reason, detail)
-            self.want(reason, detail)
+            self.want(reason, detail, cause=True)
 
     def heard(self, number: int) -> None:
         """A signal has come to the main thread, in case that somebody took the wakeup descriptor."""
@@ -94,7 +96,7 @@ class Watcher:
         """Gives the dumps under way `PATIENCE`. In a signal's handler: it takes no lock that the main thread may hold."""
         until = time.monotonic() + PATIENCE
         while time.monotonic() < until:
-            wished = self._latest is not None and not self._latest.done.is_set()
+            wished = self._due or (self._latest is not None and not self._latest.done.is_set())
             if not wished and (self._writing is None or not self._writing.is_alive()):
                 return
             time.sleep(0.01)
@@ -180,8 +182,7 @@ class Watcher:
         if number == signal.SIGUSR2:
             self._write("signal", name)
         elif self._cause is None:
-            self._cause = ("signal", name)
-            self._write("signal", name)
+            self._write_cause("signal", name)
         if number == signal.SIGTERM and signal.getsignal(number) is self._on_signal:
             die(number)  # the main thread may be where no Python handler runs
 
@@ -204,8 +205,14 @@ class Watcher:
             lost, late = group.look(), group.late()
             if lost or late:
                 self._told.add(facts.name)
-                self._cause = ("peer", lost) if lost else ("timeout", late)
-                self._write(*self._cause)
+                self._write_cause(*(("peer", lost) if lost else ("timeout", late)))
+
+    def _write_cause(self, reason: str, detail: str) -> None:
+        """Notes what went wrong, and writes its dump. The main thread, told to end meanwhile, waits for it (`_settle`)."""
+        self._due = True
+        self._cause = (reason, detail)
+        self._write(reason, detail)
+        self._due = False
 
     def _write(self, reason: str, detail: str) -> None:
         """Writes a dump in a thread that may hang where this one may not."""
