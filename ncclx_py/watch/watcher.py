@@ -208,9 +208,10 @@ class Watcher:
                 self._write_cause(*(("peer", lost) if lost else ("timeout", late)))
 
     def _write_cause(self, reason: str, detail: str) -> None:
-        """Notes what went wrong, and writes its dump. The main thread, told to end meanwhile, waits for it (`_settle`)."""
+        """Notes what went wrong, unless something did before, and writes its dump. The main thread, told to end meanwhile,
+        waits for it (`_settle`)."""
         self._due = True
-        self._cause = (reason, detail)
+        self._cause = self._cause or (reason, detail)
         self._write(reason, detail)
         self._due = False
 

@@ -24,6 +24,7 @@ from harness import Rank, RankPool, load
 
 from ncclx_py import CollectiveError
 from ncclx_py.watch import dump, requests, watcher
+from ncclx_py.watch.trace import TRACE
 from ncclx_py.watch.watcher import Watcher
 
 traces = load(Path(__file__).with_name("test_trace.py"), "test_trace")
@@ -260,7 +261,8 @@ def test_bad_ends_are_dumped_and_good_ones_are_not(tmp_path: Path, how: str, rea
 
 
 @pytest.fixture
-def watching() -> Iterator[Callable[[Path], Watcher]]:
+def watching(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], Watcher]]:
+    monkeypatch.setattr(TRACE, "groups", {})  # what other tests of this process left behind is not looked at
     made: list[Watcher] = []
 
     def start(folder: Path) -> Watcher:
@@ -332,3 +334,34 @@ def test_the_first_failure_is_what_a_later_dump_still_names(
     header = traces.read(tmp_path / "trace-rank-0.jsonl")[0]
     assert (header["reason"], header["detail"], header["also"]) == ("timeout", "the first", "demand: a person")
     assert json.loads((tmp_path / requests.NAME).read_text())["automatic"] is True
+
+
+class Aborted:
+    """A group that a peer has ended."""
+
+    name = "b"
+
+    def group(self) -> Aborted:
+        return self
+
+    def look(self) -> str:
+        return "rank 1 has ended it"
+
+    def late(self) -> str:
+        return ""
+
+
+@pytest.mark.unit
+def test_a_group_found_aborted_does_not_take_the_place_of_the_first_failure(
+    tmp_path: Path, watching: Callable[[Path], Watcher], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = watching(tmp_path)
+    one.failed("a", "timeout", "the first")
+    why: list[tuple[str, ...]] = []
+    monkeypatch.setattr(dump, "write", lambda folder, taken: None)
+    monkeypatch.setattr(dump, "snapshot", lambda *given: why.append(given))
+    monkeypatch.setattr(TRACE, "groups", {"b": Aborted()})
+    until = time.monotonic() + 10
+    while not why and time.monotonic() < until:
+        time.sleep(0.02)
+    assert why == [("timeout", "the first", "peer: rank 1 has ended it")]
