@@ -60,9 +60,7 @@ def assemble(config: RunConfig, weights: bool = True) -> Parts:
     _check_groups(config, method)
     check_schedule(config, method)
     spec = config.model.teacher
-    reads_teacher = "teacher" in method.needs or not method.uses().isdisjoint((Source.TEACHER, Source.MONITORED))
-    if spec.path is None and reads_teacher and method.self_teacher is None:
-        raise ConfigError(f"method={config.method['name']} needs a teacher; set model.teacher.path=FOLDER_OR_HUB_NAME")
+    check_teacher(config, method)
     try:
         task, held_out = build_task(config.data, "train"), build_task(config.data, "test")
     except (ValueError, OSError, ImportError) as error:
@@ -73,7 +71,8 @@ def assemble(config: RunConfig, weights: bool = True) -> Parts:
         check_tokenizers(tokenizer, teacher_tokenizer, "teacher")
     teacher = None
     if spec.path:
-        teacher = frozen_model(config, spec, "teacher") if weights else load_outline(spec, "teacher")
+        here = weights and config.teacher.placement == "colocated"
+        teacher = frozen_model(config, spec, "teacher") if here else load_outline(spec, "teacher")
     reference = None
     if "reference" in method.needs and config.model.reference.path:
         check_tokenizers(tokenizer, load_tokenizer(config.model.reference, "reference"), "reference")
@@ -81,6 +80,37 @@ def assemble(config: RunConfig, weights: bool = True) -> Parts:
     student = make_student(config, tokenizer).to(device()) if weights else _outlined_student(config)
     _check_context(config, {"student": student, "teacher": teacher, "reference": reference})
     return Parts(task, held_out, tokenizer, student, teacher, reference, method)
+
+
+def check_teacher(config: RunConfig, method: Method) -> None:
+    """Raises ConfigError where a method cannot learn from a teacher that is placed so, or from what it says."""
+    section, name = config.teacher, config.method["name"]
+    writes = not method.uses().isdisjoint((Source.TEACHER, Source.MONITORED))
+    reads = "teacher" in method.needs
+    elsewhere = section.placement != "colocated"
+    wanted = writes or (reads and section.placement in ("colocated", "separate"))
+    if wanted and method.self_teacher is None and config.model.teacher.path is None and not section.many:
+        raise ConfigError(f"method={name} needs a teacher; set model.teacher.path=FOLDER_OR_HUB_NAME")
+    if elsewhere and method.self_teacher is not None:
+        raise ConfigError(
+            f"method={name} is taught by a copy of the student, which lives beside it, and teacher.placement={section.placement} "
+            "is for another teacher; set teacher.placement=colocated"
+        )
+    if elsewhere and writes and config.rollout.name != "vllm":
+        raise ConfigError(
+            f"method={name} trains on text that the teacher writes, and with teacher.placement={section.placement} it only scores; "
+            "set teacher.placement=colocated, or rollout=vllm, where a server writes"
+        )
+    if method.needs and section.signal not in method.signals:
+        raise ConfigError(
+            f"method={name} cannot learn from teacher.signal={section.signal} as it is set; it can from "
+            f"{', '.join(sorted(method.signals))}"
+        )
+    if section.signal == "sampled" and reads and method.uses() != {Source.STUDENT}:
+        raise ConfigError(
+            f"teacher.signal=sampled is for text that the student wrote, and method={name} trains on other text; set "
+            "teacher.signal=topk, hidden or logits"
+        )
 
 
 def frozen_model(config: RunConfig, spec: ModelSpec, who: str) -> PreTrainedModel:

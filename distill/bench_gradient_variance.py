@@ -36,12 +36,13 @@ from distill.errors import ConfigError, DistillError
 from distill.methods.base import BatchFacts, Targets
 from distill.micro_batches import Layout, MicroBatch, micro_batches
 from distill.models import TargetLogits, causal_lm
+from distill.preparing import DRAWS
 from distill.progress import StepProgress, console
 from distill.runs import write_json
 from distill.samples import SampleSource
 from distill.seeds import mix
-from distill.teacher import FrozenModels
-from distill.trainer import DRAWS
+from distill.teachers.open import open_teachers
+from distill.teachers.signals import FullLogits
 
 AGGREGATIONS = {
     "token_mean": AggregationSpec(kind="token_mean"),
@@ -58,9 +59,9 @@ class GradientSampler:
 
     def __init__(self, config: RunConfig, parts: Parts) -> None:
         self.config, self.method = config, parts.method
-        self.frozen = FrozenModels(parts)
+        self.teachers = open_teachers(config, parts)
         self.student = parts.student
-        self.source = SampleSource(config, parts.task, parts.tokenizer, parts.method, self.frozen.writer)
+        self.source = SampleSource(config, parts.task, parts.tokenizer, parts.method, self.teachers.writer)
         self.logits = TargetLogits(parts.student)
         self.parameters = [p for p in parts.student.parameters() if p.requires_grad]
         self.pad = parts.tokenizer.pad_token_id
@@ -78,12 +79,14 @@ class GradientSampler:
     def gradient(self, single: MicroBatch) -> Tensor:
         """∇ Σ_t ℓ_t of one sequence, with the method's weight, flat."""
         logits = self.logits(single.student)
+        self.teachers.submit([single])
+        teacher, reference = self.teachers.take(single)
         losses = self.method.token_losses(
             Targets(
-                logits,
-                self.frozen.teacher_logits(single.teacher),
+                FullLogits(logits),
+                teacher,
                 single.student.target_ids,
-                reference_logits=self.frozen.reference_logits(single.student),
+                reference=reference,
                 sequence_index=single.student.sequence_index,
                 advantages=single.advantages,
                 behaviour_logprobs=single.student.behaviour_logprobs,

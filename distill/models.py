@@ -2,7 +2,7 @@
 
 A model is a Hugging Face causal LM from a folder or hub name, or one built from an architecture in the configuration.
 ``TargetLogits`` wraps it so that a forward pass returns logits only where a next token is supervised: the prompt and the
-padding never cost a row of the vocabulary.
+padding never cost a row of the vocabulary. ``target_hidden`` returns what stands before the head there.
 """
 
 from __future__ import annotations
@@ -40,16 +40,20 @@ class TargetLogits(nn.Module):
 
     def forward(self, batch: TokenBatch) -> Tensor:
         """Logits ``[T, V]`` (model dtype) that predict ``batch.target_ids``; T may be 0."""
-        causal = causal_lm(self.model)
-        output = causal.base_model(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            attention_mask=batch.attention_mask,
-            use_cache=False,
-        )
-        rows, columns = batch.target_index.unbind(1)
-        hidden = output.last_hidden_state[rows, columns]
-        return final_logits(causal, hidden)
+        return final_logits(causal_lm(self.model), target_hidden(self.model, batch))
+
+
+def target_hidden(model: nn.Module, batch: TokenBatch) -> Tensor:
+    """Final hidden states ``[T, H]`` of a causal LM (or a peft model around one) at the batch's supervised positions."""
+    output = causal_lm(model).base_model(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        attention_mask=batch.attention_mask,
+        use_cache=False,
+    )
+    rows, columns = batch.target_index.unbind(1)
+    hidden: Tensor = output.last_hidden_state[rows, columns]
+    return hidden
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
@@ -59,15 +63,22 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
 
 def final_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Hidden states ``[T, H]`` → logits ``[T, V]``, with the scale and soft cap that some architectures apply."""
-    logits = model.get_output_embeddings()(hidden)
+    return scaled_and_capped(model.get_output_embeddings()(hidden), *scale_and_cap(model))
+
+
+def scale_and_cap(model: PreTrainedModel) -> tuple[float, float | None]:
+    """By what a model multiplies its logits, and where it caps them (None: nowhere)."""
     config = model.config.get_text_config()
-    if scale := getattr(config, "logit_scale", None):  # Cohere
+    scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere
+    scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite
+    return scale, getattr(config, "final_logit_softcapping", None)  # Gemma
+
+
+def scaled_and_capped(logits: Tensor, scale: float, cap: float | None) -> Tensor:
+    """``tanh(s·z / c)·c``; without a cap ``s·z``."""
+    if scale != 1.0:
         logits = logits * scale
-    if scaling := getattr(config, "logits_scaling", None):  # Granite
-        logits = logits / scaling
-    if cap := getattr(config, "final_logit_softcapping", None):  # Gemma
-        logits = torch.tanh(logits / cap) * cap
-    return logits
+    return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 def load_tokenizer(spec: ModelSpec, who: str) -> PreTrainedTokenizerBase:

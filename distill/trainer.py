@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,34 +22,33 @@ import torch
 from torch import Tensor
 
 import ncclx_py
-from distill.aggregation import aggregation_scales, tokens_per_sequence
 from distill.assembly import Parts
 from distill.checkpoint import Checkpoints
 from distill.config import RunConfig
 from distill.data.packing import check_packing
-from distill.distributed import all_or_nothing, device, gathered, raise_first, rank
+from distill.distributed import all_or_nothing, device, gathered, rank
 from distill.engine import TrainEngine
-from distill.errors import CheckpointError, DataError, NonFiniteLossError, ServerError
+from distill.errors import CheckpointError, NonFiniteLossError
 from distill.evaluation import Evaluator
 from distill.methods.base import BatchFacts, Targets
 from distill.micro_batches import Layout, MicroBatch, micro_batches
-from distill.models import causal_lm
 from distill.monitors import Monitors, text_figures
+from distill.preparing import PreparedStep, StepMaker
 from distill.progress import StepProgress
 from distill.replicas.many import make_replicas
 from distill.rollouts.engines import open_engine
-from distill.rollouts.slot_time import SlotTime
 from distill.runs import RunFolder
-from distill.samples import SampleSource, StepSamples
+from distill.samples import SampleSource
 from distill.seeds import mix
 from distill.sorted_samples import SortedSamples, schedule_figures
 from distill.stopping import ToldToStop, told
-from distill.teacher import FrozenModels
+from distill.teachers.open import open_teachers
+from distill.teachers.signals import FullLogits
 from distill.token_counts import TokenCounts
 from distill.totals import StepTotals
 from ncclx_py.elastic import Dropped, EpochChanged, RunFinished
 
-DROPOUT, DRAWS = 14, 16  # purposes of the random numbers during a step
+DROPOUT = 14  # purpose of the random numbers during a step
 
 
 class Trainer:
@@ -58,7 +57,7 @@ class Trainer:
     def __init__(self, config: RunConfig, parts: Parts, folder: RunFolder) -> None:
         self.config, self.parts, self.folder = config, parts, folder
         self.method = parts.method
-        self.frozen = FrozenModels(parts)
+        self.teachers = open_teachers(config, parts)
         self.engine = TrainEngine(parts.student, config.engine, config.train)
         self.evaluator = Evaluator(config, parts.held_out, parts.tokenizer, in_training=True)
         self.checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep)
@@ -67,19 +66,22 @@ class Trainer:
         assert isinstance(pad, int)
         train = config.train
         self.layout = Layout(train.micro_batch_size, self.engine.accumulation, train.pack, pad, device())
+        self._next: PreparedStep | None = None  # its teacher has been asked already
         self.done = 0  # optimizer steps taken
         self.stopped = False  # train.stop_at or train.token_budget was reached
         self.tokens = TokenCounts()
         self.last_eval: dict[str, float] = {}
         # Last, as it may start servers, which `close` ends.
-        teacher = self.frozen.writer
+        teacher = self.teachers.writer
         self.rollouts = open_engine(config, parts.tokenizer, self.method, parts.student, teacher, folder.path)
         self.replicas = make_replicas(config, folder)
         samples = SortedSamples if config.rollout.schedule == "sorted" else SampleSource
         self.source = samples(config, parts.task, parts.tokenizer, self.method, teacher, self.rollouts)
+        self.maker = StepMaker(config, self.method, self.engine, self.source, self.rollouts, self.replicas, self.layout)
 
     def close(self) -> None:
         """End what the run has started beside itself."""
+        self.teachers.close()
         self.replicas.close()
         self.rollouts.close()
 
@@ -98,7 +100,7 @@ class Trainer:
         """Put everything back to where it was when the checkpoint was written."""
         state, frozen = checkpoints.load(self.engine, checkpoint)
         with all_or_nothing(CheckpointError):
-            self.frozen.restore(frozen)
+            self.teachers.copies.restore(frozen)
         self.restore(state)
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -142,7 +144,7 @@ class Trainer:
         return self.last_eval
 
     def _save(self) -> None:
-        self.checkpoints.save(self.engine, self.done, self.state(), self.frozen.state())
+        self.checkpoints.save(self.engine, self.done, self.state(), self.teachers.copies.state())
 
     def state(self) -> dict[str, Any]:
         """What the rest of the run depends on besides weights and optimizer; sample order and seeds follow from the step."""
@@ -166,6 +168,7 @@ class Trainer:
                 break
             except (EpochChanged, Dropped):  # a replica came or went: the same samples again, by those who are there
                 self.engine.discard()
+                self.teachers.cancel()
                 self.tokens = TokenCounts(**before)
         self.engine.step()
         self._check_gradient(samples)
@@ -184,25 +187,33 @@ class Trainer:
         """Everything of a step but the step: when this returns, all replicas hold the same gradient and will apply it."""
         ncclx_py.mark_step(self.done + 1)
         torch.manual_seed(mix(self.config.seed, DROPOUT, self.done, self.replicas.place) % (1 << 63))
-        size = self.config.train.batch_size
-        samples = range(self.done * size, (self.done + 1) * size)
-        self.frozen.renew(self.engine, self.done)
-        made, facts, slot_times = self._make(samples)
-        batches, denominator = self._batches(made, facts, self.replicas.passes(samples, self.layout.size))
+        self.teachers.copies.renew(self.engine, self.done)
+        step = self._prepared()
         totals = StepTotals()
-        for number, batch in enumerate(batches, 1):
-            self.engine.announce(last=number == len(batches))
-            self._accumulate(batch, denominator, facts.progress, totals)
-            if number < len(batches):
+        for number, batch in enumerate(step.batches, 1):
+            self.engine.announce(last=number == len(step.batches))
+            self._accumulate(batch, step, totals)
+            if number < len(step.batches):
                 self.engine.step()
-        figures = self._agree(totals, denominator, made, samples)
+        figures = self._agree(totals, step)
         self.replicas.commit(self)
-        figures |= text_figures(facts) | schedule_figures(self.config, facts, slot_times)
-        return figures, facts, samples
+        figures |= text_figures(step.facts) | schedule_figures(self.config, step.facts, step.slot_times)
+        return figures, step.facts, step.samples
+
+    def _prepared(self) -> PreparedStep:
+        """The step to be taken now, its teacher asked; where that pays, the teacher is asked about the next one too."""
+        step, self._next = self._next, None
+        if step is None:
+            step = self.maker.make(self.done)
+            self.teachers.submit(step.batches)
+        if self.teachers.ahead and self.maker.fixed and self.done + 1 < self.config.train.steps:
+            self._next = self.maker.make(self.done + 1)
+            self.teachers.submit(self._next.batches)
+        return step
 
     def follow(self, gradients: list[Tensor], state: dict[str, Any]) -> None:
         """Take a step that other replicas have computed: ``gradients`` as `TrainEngine.gradients` has them, ``state`` after it."""
-        self.frozen.renew(self.engine, self.done)
+        self.teachers.copies.renew(self.engine, self.done)
         self.engine.announce(last=True)
         nothing = micro_batches(replace(self.layout, count=1), [], [], [], None)[0]
         self.engine.backward(self.engine.forward(nothing.student).sum() * 0.0)
@@ -211,64 +222,30 @@ class Trainer:
         self.engine.step()
         self.restore(state)
 
-    def _make(self, samples: range) -> tuple[StepSamples, BatchFacts, list[SlotTime | None]]:
-        """This rank's sequences, what every rank knows of all of them, and all ranks' slot-times.
-
-        Raises DataError on every rank if one failed.
-        """
-        progress, problem, made = self.done / self.config.train.steps, None, StepSamples()
-        share = self.replicas.share(samples)
-        with self.engine.whole_student() if self.source.needs_student else nullcontext() as student:
-            self.rollouts.refresh(student)
-            try:
-                if share:
-                    made = self.source.make(share, None if student is None else causal_lm(student), progress)
-            except (DataError, ServerError) as error:
-                problem = str(error)
-        answers = self.replicas.facts((made.facts, problem, made.slot_time))
-        raise_first(DataError, [text for _, text, _ in answers])
-        facts = BatchFacts([fact for facts, _, _ in answers for fact in facts], progress)
-        return made, facts, [slot_time for _, _, slot_time in answers]
-
-    def _batches(self, made: StepSamples, facts: BatchFacts, count: int) -> tuple[list[MicroBatch], float]:
-        """This rank's ``count`` micro-batches, and what the sum of their scaled losses is to be divided by."""
-        lengths = [sequence.tokens for sequence in facts.sequences]
-        scales = aggregation_scales(self.config.train.aggregation, lengths, tokens_per_sequence(self.config))
-        weights = self.method.weigh(facts)
-        place = {sequence.sample: position for position, sequence in enumerate(facts.sequences)}
-        mine = [place[sequence.sample] for sequence in made.sequences]
-        seeds = [mix(self.config.seed, DRAWS, sequence.sample) for sequence in made.sequences]
-        batches = micro_batches(
-            replace(self.layout, count=count),
-            made.sequences,
-            [scales.relative[position] for position in mine],
-            [weights[position] for position in mine],
-            seeds if self.method.draws else None,
-        )
-        return batches, scales.denominator
-
-    def _accumulate(self, batch: MicroBatch, denominator: float, progress: float, totals: StepTotals) -> None:
+    def _accumulate(self, batch: MicroBatch, step: PreparedStep, totals: StepTotals) -> None:
         """Forward and backward of one micro-batch; adds to ``totals``."""
         student_logits = self.engine.forward(batch.student)
+        teacher, reference = self.teachers.take(batch)
         targets = Targets(
-            student_logits,
-            self.frozen.teacher_logits(batch.teacher),
+            FullLogits(student_logits),
+            teacher,
             batch.student.target_ids,
-            reference_logits=self.frozen.reference_logits(batch.student),
+            reference=reference,
             sequence_index=batch.student.sequence_index,
             advantages=batch.advantages,
             behaviour_logprobs=batch.student.behaviour_logprobs,
             draws=batch.draws,
-            progress=progress,
+            progress=step.facts.progress,
         )
         losses = self.method.token_losses(targets)
         totals.add(losses, batch.scales, batch.student)
         loss = (losses.loss * batch.scales).sum()
         # No targets at all: still a backward pass, because ZeRO reduces gradients inside it on every rank.
-        self.engine.backward(loss / denominator if batch.tokens else student_logits.sum() * 0.0)
+        self.engine.backward(loss / step.denominator if batch.tokens else student_logits.sum() * 0.0)
 
-    def _agree(self, totals: StepTotals, denominator: float, made: StepSamples, samples: range) -> dict[str, float]:
+    def _agree(self, totals: StepTotals, step: PreparedStep) -> dict[str, float]:
         """Global figures of the step. Raises NonFiniteLossError on every rank, before any weight moves."""
+        made, samples = step.made, step.samples
         counts = [made.skipped, made.rollouts, made.generated_tokens, made.finished, made.correct, totals.tokens]
         spent = [made.student_tokens, made.teacher_tokens, made.teacher_read]
         sums = self.replicas.total([*map(float, counts), *spent, *totals.values()])
@@ -278,13 +255,14 @@ class Trainer:
         self.tokens.add(student_generated=by_student, teacher_generated=by_teacher, teacher_read=read, trained=tokens)
         per_token = max(tokens, 1.0)
         figures = {
-            "train/loss": loss / denominator,
+            "train/loss": loss / step.denominator,
             "train/tokens": tokens,
             "data/samples": float(samples.stop),
             "data/epoch": self.source.epoch(samples.stop),
             "data/skipped": skipped,
             "perf/sample_s": made.seconds,
             **self.tokens.figures(),
+            **self.teachers.figures(),
         }
         figures |= {f"monitor/{name}": value / per_token for name, value in zip(totals.names, stats, strict=True)}
         if by_student or by_teacher:

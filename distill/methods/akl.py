@@ -21,6 +21,7 @@ from torch import Tensor
 from distill.config import in_range
 from distill.methods.base import DivergenceSpec, Method, Source, Targets, TokenLosses
 from distill.methods.parts import AnyTextSpec, row_chunks, shared_vocabulary
+from distill.teachers.signals import FullLogits
 
 
 @dataclass(kw_only=True)
@@ -50,9 +51,11 @@ class Akl(Method):
         return Source(self.config.text)
 
     def token_losses(self, targets: Targets) -> TokenLosses:
-        assert targets.teacher_logits is not None
-        head = head_share(targets.student_logits, targets.teacher_logits, self.config.mu, self.config.temperature)
-        forward, reverse = self._forward(targets), self._reverse(targets)
+        student, teacher = targets.student_logits, targets.teacher_logits
+        assert teacher is not None
+        head = head_share(student, teacher, self.config.mu, self.config.temperature)
+        whole = replace(targets, student=FullLogits(student), teacher=FullLogits(teacher))
+        forward, reverse = self._forward(whole), self._reverse(whole)
         return TokenLosses(
             head * forward.loss + (1.0 - head) * reverse.loss, {**forward.stats, "akl_forward_weight": head}
         )

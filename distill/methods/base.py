@@ -21,11 +21,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from distill.config import RunConfig, in_range, one_of
 from distill.data.example import Example
 from distill.data.tokenize import TokenSequence
-from distill.kernels import divergence
+from distill.kernels import DivergenceOutput, divergence, linear_divergence, sampled_reverse_kl, sparse_divergence
+from distill.teachers.signals import FullLogits, HiddenStates, SampledToken, Signal, TopK
 
 if TYPE_CHECKING:
     from distill.rollouts.rollout import Trajectory
 
+WHOLE = frozenset({"logits", "hidden"})  # signals that hold the whole distribution
 KINDS = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "alpha", "tvd")
 
 
@@ -45,15 +47,30 @@ class Targets:
     The trainer fills every field that the method asked for; those it did not ask for are None.
     """
 
-    student_logits: Tensor  # [T, V_s], with gradient
-    teacher_logits: Tensor | None  # [T, V_t]; where "teacher" is in ``Method.needs``
+    student: FullLogits | HiddenStates  # with gradient
+    teacher: Signal | None  # where "teacher" is in ``Method.needs``
     token_ids: Tensor  # [T] the token that follows
-    reference_logits: Tensor | None = None  # [T, V_r]; where "reference" is in ``Method.needs``
+    reference: Signal | None = None  # where "reference" is in ``Method.needs``
     sequence_index: Tensor | None = None  # [T] int64: which sequence of the micro-batch (whole sequences, never split)
     advantages: Tensor | None = None  # [T] fp32: the ``Weight.advantage`` of the token's sequence
     behaviour_logprobs: Tensor | None = None  # [T] fp32: log-probability when it was written; NaN in text that was not
     draws: Tensor | None = None  # [T] fp32 uniform in [0, 1), the same in any layout; where ``Method.draws``
     progress: float = 0.0  # optimizer steps done / all steps of the run, in [0, 1)
+
+    @property
+    def student_logits(self) -> Tensor:
+        """``[T, V_s]``, with gradient. Computed at each call where the student comes as hidden states."""
+        return self.student.logits()
+
+    @property
+    def teacher_logits(self) -> Tensor | None:
+        """``[T, V_t]``, computed at each call for hidden states; None for a method that does not read the teacher."""
+        return None if self.teacher is None else self.teacher.logits()
+
+    @property
+    def reference_logits(self) -> Tensor | None:
+        """As ``teacher_logits``."""
+        return None if self.reference is None else self.reference.logits()
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,22 +156,46 @@ class DivergenceSpec:
         in_range("method.divergence.temperature", self.temperature, low=1e-3)
         in_range("method.divergence.top_k", self.top_k, low=0)
 
+    @property
+    def signals(self) -> frozenset[str]:
+        """Kinds of teacher signal that this divergence can be computed from."""
+        if self.temperature != 1.0:  # what is known in part cannot be tempered
+            return WHOLE
+        return WHOLE | {"topk"} | ({"sampled"} if self.kind == "reverse_kl" else set())
+
     def __call__(self, targets: Targets) -> TokenLosses:
         """Divergence of every supervised position, with its monitoring figures from the same pass."""
-        assert targets.teacher_logits is not None
-        output = divergence(
-            targets.student_logits,
-            targets.teacher_logits,
-            kind=self.kind,
-            temperature=self.temperature,
-            beta=self.beta,
-            alpha=self.alpha,
-            path=self.path,
-            stats=True,
-            token_ids=targets.token_ids,
-            top_k=self.top_k,
-        )
+        output = self._of_signal(targets)
         return TokenLosses(output.loss, dict(output.stats or {}))
+
+    def _of_signal(self, targets: Targets) -> DivergenceOutput:
+        student, teacher = targets.student, targets.teacher
+        options: dict[str, Any] = {"beta": self.beta, "alpha": self.alpha, "path": self.path, "stats": True}
+        if isinstance(teacher, SampledToken):
+            return sampled_reverse_kl(student.logits(), targets.token_ids, teacher.logprobs, path=self.path)
+        if isinstance(teacher, TopK):
+            return sparse_divergence(student.logits(), teacher.ids, teacher.logprobs, self.kind, **options)
+        assert teacher is not None
+        whole = {"token_ids": targets.token_ids, "top_k": self.top_k}
+        if isinstance(student, HiddenStates) and isinstance(teacher, HiddenStates):
+            ours, theirs = student.head, teacher.head
+            return linear_divergence(
+                student.hidden,
+                ours.weight,
+                teacher.hidden,
+                theirs.weight,
+                self.kind,
+                self.temperature,
+                student_bias=ours.bias,
+                teacher_bias=theirs.bias,
+                student_scale=ours.scale,
+                teacher_scale=theirs.scale,
+                student_softcap=ours.softcap,
+                teacher_softcap=theirs.softcap,
+                **options,
+                **whole,
+            )
+        return divergence(student.logits(), teacher.logits(), self.kind, self.temperature, **options, **whole)
 
 
 @dataclass(kw_only=True)
@@ -175,13 +216,18 @@ class Method(ABC):
     """
 
     Config: ClassVar[type[Any]]
-    needs: frozenset[str] = frozenset({"teacher"})  # of {"teacher", "reference"}: whose logits token_losses reads
+    needs: frozenset[str] = frozenset({"teacher"})  # of {"teacher", "reference"}: whom token_losses reads
     samples_per_prompt: int = 1  # consecutive samples share a prompt
     self_teacher: int | None = (
         None  # the teacher is a frozen copy of the student, renewed every so many steps (0: never)
     )
     probe_rollouts: int = 0  # the student answers every prompt this often, before the step, to learn its pass rate
     draws: bool = False  # token_losses reads ``Targets.draws``
+
+    @property
+    def signals(self) -> frozenset[str]:
+        """Kinds of teacher signal (``distill.teachers.signals``) that ``token_losses`` can learn from."""
+        return WHOLE
 
     @abstractmethod
     def source(self, sample: int, seed: int, progress: float = 0.0) -> Source:

@@ -91,6 +91,10 @@ class Essence(Method):
             notes=notes,
         )
 
+    @property
+    def signals(self) -> frozenset[str]:
+        return self.config.divergence.signals
+
     def token_losses(self, targets: Targets) -> TokenLosses:
         ratio = self.config.distill_ratio
         if ratio == 1.0:

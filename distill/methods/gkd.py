@@ -40,5 +40,9 @@ class Gkd(Method):
         wanted = {Source.STUDENT} if self.config.lambda_ > 0 else set()
         return wanted | ({Source(self.config.text)} if self.config.lambda_ < 1 else set())
 
+    @property
+    def signals(self) -> frozenset[str]:
+        return self.config.divergence.signals
+
     def token_losses(self, targets: Targets) -> TokenLosses:
         return self.config.divergence(targets)

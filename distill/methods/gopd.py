@@ -26,8 +26,9 @@ from torch import Tensor
 
 from distill.config import in_range, one_of
 from distill.kernels import sampled_reverse_kl
-from distill.methods.base import DivergenceSpec, Method, Source, Targets, TokenLosses
-from distill.methods.parts import logprobs_at, row_chunks, shared_vocabulary
+from distill.methods.base import WHOLE, DivergenceSpec, Method, Source, Targets, TokenLosses
+from distill.methods.parts import row_chunks, shared_vocabulary
+from distill.teachers.signals import FullLogits, Signal
 
 
 @dataclass(kw_only=True)
@@ -55,14 +56,20 @@ class Gopd(Method):
     def source(self, sample: int, seed: int, progress: float = 0.0) -> Source:
         return Source.STUDENT
 
+    @property
+    def signals(self) -> frozenset[str]:
+        if self.config.form == "sampled":
+            return WHOLE | {"sampled"}
+        return self.config.divergence.signals if self.config.lambda_ == 1.0 else WHOLE
+
     def token_losses(self, targets: Targets) -> TokenLosses:
-        assert targets.teacher_logits is not None
+        assert targets.teacher is not None
         if self.config.form == "full":
-            return self.config.divergence(replace(targets, teacher_logits=self._target(targets)))
-        target = logprobs_at(targets.teacher_logits, targets.token_ids)
+            return self.config.divergence(replace(targets, teacher=self._target(targets)))
+        target = targets.teacher.logprobs_at(targets.token_ids)
         if self.config.lambda_ != 1.0:
-            assert targets.reference_logits is not None
-            target = torch.lerp(logprobs_at(targets.reference_logits, targets.token_ids), target, self.config.lambda_)
+            assert targets.reference is not None
+            target = torch.lerp(targets.reference.logprobs_at(targets.token_ids), target, self.config.lambda_)
         output = sampled_reverse_kl(
             targets.student_logits,
             targets.token_ids,
@@ -72,12 +79,12 @@ class Gopd(Method):
         )
         return TokenLosses(output.loss, dict(output.stats))
 
-    def _target(self, targets: Targets) -> Tensor:
-        assert targets.teacher_logits is not None
+    def _target(self, targets: Targets) -> Signal:
+        assert targets.teacher is not None
         if self.config.lambda_ == 1.0:
-            return targets.teacher_logits
-        assert targets.reference_logits is not None
-        return extrapolated(targets.teacher_logits, targets.reference_logits, self.config.lambda_)
+            return targets.teacher
+        assert targets.reference is not None
+        return FullLogits(extrapolated(targets.teacher.logits(), targets.reference.logits(), self.config.lambda_))
 
 
 def extrapolated(teacher: Tensor, reference: Tensor, lambda_: float) -> Tensor:

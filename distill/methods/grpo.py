@@ -27,8 +27,8 @@ from torch import Tensor
 
 from distill.config import in_range, one_of
 from distill.kernels import token_nll
-from distill.methods.base import BatchFacts, Method, Source, Targets, TokenLosses, Weight
-from distill.methods.parts import logprobs_at, no_verdict
+from distill.methods.base import WHOLE, BatchFacts, Method, Source, Targets, TokenLosses, Weight
+from distill.methods.parts import no_verdict
 
 
 @dataclass(kw_only=True)
@@ -76,12 +76,16 @@ class Grpo(Method):
             raise no_verdict(sequence.sample, self.config.name)
         return sequence.correct
 
+    @property
+    def signals(self) -> frozenset[str]:
+        return WHOLE | {"sampled"}
+
     def token_losses(self, targets: Targets) -> TokenLosses:
         nll = token_nll(targets.student_logits, targets.token_ids, stats=True)
         logprob = -nll.loss
         reference = None
-        if targets.reference_logits is not None:
-            reference = logprobs_at(targets.reference_logits, targets.token_ids)
+        if targets.reference is not None:
+            reference = targets.reference.logprobs_at(targets.token_ids)
         advantage = self._advantages(targets, logprob.detach(), reference)
         loss, stats = clipped_losses(logprob, targets.behaviour_logprobs, advantage, self.config)
         if reference is not None:

@@ -51,10 +51,11 @@ class Hpd(Method):
         return Source(self.config.text)
 
     def token_losses(self, targets: Targets) -> TokenLosses:
-        assert targets.teacher_logits is not None
-        shared = shared_vocabulary(targets.student_logits, targets.teacher_logits)
-        student, teacher = targets.student_logits[:, :shared], targets.teacher_logits[:, :shared]
-        return hpd_losses(student, teacher, targets.token_ids, self._second(student, targets))
+        student, teacher = targets.student_logits, targets.teacher_logits
+        assert teacher is not None
+        shared = shared_vocabulary(student, teacher)
+        student = student[:, :shared]
+        return hpd_losses(student, teacher[:, :shared], targets.token_ids, self._second(student, targets))
 
     def _second(self, student: Tensor, targets: Targets) -> Tensor:
         if self.config.second == "greedy":

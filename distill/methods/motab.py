@@ -73,6 +73,10 @@ class MonitoredMethod(Method):
             context_length=config.train.max_length,
         )
 
+    @property
+    def signals(self) -> frozenset[str]:
+        return self.config.divergence.signals
+
     def token_losses(self, targets: Targets) -> TokenLosses:
         if self.config.loss == "divergence":
             return self.config.divergence(targets)

@@ -26,5 +26,9 @@ class OnPolicy(Method):
     def source(self, sample: int, seed: int, progress: float = 0.0) -> Source:
         return Source.STUDENT
 
+    @property
+    def signals(self) -> frozenset[str]:
+        return self.config.divergence.signals
+
     def token_losses(self, targets: Targets) -> TokenLosses:
         return self.config.divergence(targets)

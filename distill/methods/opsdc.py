@@ -66,6 +66,10 @@ class Opsdc(Method):
     def teacher_view(self, example: Example) -> Example:
         return replace(example, prompt=instructed(example.prompt, self._template))
 
+    @property
+    def signals(self) -> frozenset[str]:
+        return self.config.divergence.signals
+
     def token_losses(self, targets: Targets) -> TokenLosses:
         return self.config.divergence(targets)
 

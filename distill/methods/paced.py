@@ -90,6 +90,10 @@ class Paced(Method):
             rates.append(rate)
         return [Weight(weight=weight) for weight in competence_weights(rates, self.config)]
 
+    @property
+    def signals(self) -> frozenset[str]:
+        return self.config.forward.signals & self.config.reverse.signals
+
     def token_losses(self, targets: Targets) -> TokenLosses:
         stage = self.config.reverse if self.consolidates(targets.progress) else self.config.forward
         return stage(targets)

@@ -1,4 +1,4 @@
-"""What several methods share: text of any writer, log-probabilities of given tokens, sums over sequences."""
+"""What several methods share: text of any writer, the shared vocabulary, sums over sequences."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from torch import Tensor
 
 from distill.config import one_of
 from distill.errors import DataError
-from distill.kernels import token_logprobs
 
 ANY_TEXT = ("reference", "teacher", "student")
 ROW_BUDGET = 1 << 24  # elements of a [rows, V] temporary, for what no kernel computes
@@ -28,12 +27,6 @@ class AnyTextSpec:
 def shared_vocabulary(*logits: Tensor) -> int:
     """Ids that all of these ``[T, V_i]`` logits know; what lies above is padding of the larger ones."""
     return min(each.shape[-1] for each in logits)
-
-
-def logprobs_at(logits: Tensor, token_ids: Tensor, temperature: float = 1.0) -> Tensor:
-    """log softmax(logits)[id] ``[T]`` fp32 of ids ``[T]``, differentiable; 0 without gradient for negative ids."""
-    values, _ = token_logprobs(logits, token_ids.unsqueeze(-1), temperature)
-    return values.squeeze(-1)
 
 
 def sums_per_sequence(values: Tensor, sequence_index: Tensor) -> Tensor:

@@ -74,7 +74,9 @@ class Donor:
             self._applied = None
         new = [session for session in sessions if not self.server.has(session)]
         if new:
-            files = trainer.checkpoints.snapshot(trainer.engine, trainer.done, trainer.state(), trainer.frozen.state())
+            files = trainer.checkpoints.snapshot(
+                trainer.engine, trainer.done, trainer.state(), trainer.teachers.copies.state()
+            )
             if rank() == 0:
                 files[ROWS] = json.dumps(self._rows()).encode()
             for session in new:

@@ -9,6 +9,7 @@ from torch import Tensor
 from distill.config import load_config
 from distill.errors import ConfigError
 from distill.methods import METHODS, Source, Targets, build_method
+from distill.teachers.signals import FullLogits
 
 pytestmark = pytest.mark.unit
 
@@ -16,7 +17,9 @@ pytestmark = pytest.mark.unit
 def targets() -> Targets:
     generator = torch.Generator().manual_seed(0)
     student, teacher = (3 * torch.randn(7, width, generator=generator) for width in (11, 13))
-    return Targets(student.requires_grad_(), teacher, torch.randint(0, 11, (7,), generator=generator))
+    return Targets(
+        FullLogits(student.requires_grad_()), FullLogits(teacher), torch.randint(0, 11, (7,), generator=generator)
+    )
 
 
 def distributions(example: Targets, temperature: float = 1.0) -> tuple[Tensor, Tensor]:

@@ -67,12 +67,12 @@ def test_the_teacher_s_logits_line_up_with_the_student_s_positions(
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    from distill.teacher import FrozenModel
+    from distill.teachers.frozen import FrozenModel
 
     model = AutoModelForCausalLM.from_pretrained(make_model(tmp_path / "model", 3)).eval()
     frozen = FrozenModel(model)
     for size, count in ((5, 1), (2, 3)):
-        found = torch.cat([frozen.logits(part.teacher) for part in built(size, count, pack)])
+        found = torch.cat([frozen.signal(part.teacher, "logits", 0).logits() for part in built(size, count, pack)])
         expected = []
         for sequence in sequences():
             prompt = sequence.teacher_prompt or sequence.ids[: sequence.prompt_length]

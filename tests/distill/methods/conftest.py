@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from distill.methods import Targets
+from distill.teachers.signals import FullLogits
 
 SHARED = 11  # ids that student, teacher and reference all know
 
@@ -31,6 +32,9 @@ def random_targets(tokens: int = 7, **fields: Any) -> Targets:
     }
     values |= fields
     values["student_logits"].requires_grad_()
+    for who in ("student", "teacher", "reference"):
+        logits = values.pop(f"{who}_logits")
+        values[who] = None if logits is None else FullLogits(logits)
     return Targets(**values)
 
 

@@ -1,32 +1,16 @@
-"""Configuration: Hydra composes YAML from ``conf/``, dataclasses here check every key, type and range.
-
-Why both: Hydra gives groups and ``key=value`` overrides; the dataclasses are what the code reads, so that a wrong key or
-value stops the run before anything is loaded, with the nearest valid name in the message.
-
-    config = load_config("config", ["method=on_policy", "train.steps=50"])
-    config.train.steps  # 50
-"""
+"""The sections of a run's configuration: every key with its type, default and range. ``conf/`` explains them to a user."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
-from pathlib import Path
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
+from typing import Any
 
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from distill.data import DataConfig, DataConfigError, data_config
+from distill.config.checks import in_range, one_of
+from distill.config.teacher import TeacherSection
+from distill.data import DataConfig
 from distill.errors import ConfigError
 
-T = TypeVar("T")
-
 DTYPES = ("float32", "bfloat16")
-MAX_BRACKETS = 200  # in one override
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_min_lr")
 
 
@@ -106,6 +90,7 @@ class EngineConfig:
     warmup: float = 0.05  # share of the steps
     min_lr: float = 0.1  # share of lr at the end of cosine_with_min_lr
     activation_checkpointing: bool = False
+    vocab_parallel: int = 1  # ranks that share the student's head, each with a part of the vocabulary
     replicas: ReplicasSpec = field(default_factory=ReplicasSpec)
 
     def __post_init__(self) -> None:
@@ -122,6 +107,7 @@ class EngineConfig:
         in_range("engine.warmup", self.warmup, low=0.0, high=1.0)
         in_range("engine.min_lr", self.min_lr, low=0.0, high=1.0)
         in_range("engine.clip", self.clip, low=0.0)
+        in_range("engine.vocab_parallel", self.vocab_parallel, low=1)
 
 
 @dataclass(kw_only=True)
@@ -232,12 +218,17 @@ class TrainSection:
     stop_at: float | None = None  # end early once the in-training pass@1 reaches this
     token_budget: int | None = None  # end early once this many tokens are spent, see ``distill.token_counts``
     aggregation: AggregationSpec = field(default_factory=AggregationSpec)
+    loss_path: str = "auto"  # see ``distill.loss_path``
+    loss_bytes: int | None = None  # None: 2 GiB on a GPU, 256 MiB on CPU
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "micro_batch_size", "max_length", "log_every"):
             in_range(f"train.{name}", getattr(self, name), low=1)
         if self.token_budget is not None:
             in_range("train.token_budget", self.token_budget, low=1)
+        one_of("train.loss_path", self.loss_path, ("auto", "fused", "logits"))
+        if self.loss_bytes is not None:
+            in_range("train.loss_bytes", self.loss_bytes, low=1)
 
 
 @dataclass(kw_only=True)
@@ -313,6 +304,7 @@ class RunConfig:
     model: ModelConfig
     data: DataConfig
     method: dict[str, Any]  # checked by distill.methods.build_method
+    teacher: TeacherSection
     engine: EngineConfig
     comm: CommConfig
     rollout: RolloutConfig
@@ -326,6 +318,7 @@ class RunConfig:
 
 SECTIONS: dict[str, type] = {
     "model": ModelConfig,
+    "teacher": TeacherSection,
     "engine": EngineConfig,
     "comm": CommConfig,
     "rollout": RolloutConfig,
@@ -335,134 +328,3 @@ SECTIONS: dict[str, type] = {
     "checkpoint": CheckpointSection,
     "run": RunSection,
 }
-
-
-def one_of(key: str, value: object, allowed: Sequence[object]) -> None:
-    """Raise ConfigError unless ``value`` is one of ``allowed``."""
-    if value not in allowed:
-        raise ConfigError(f"{key}={value} is not valid; choose one of: {', '.join(map(str, allowed))}")
-
-
-def in_range(key: str, value: float, low: float | None = None, high: float | None = None) -> None:
-    """Raise ConfigError unless ``low <= value <= high`` (a bound of None is open)."""
-    if (low is not None and not value >= low) or (high is not None and not value <= high):
-        bounds = f"at least {low}" if high is None else f"between {low} and {high}"
-        raise ConfigError(f"{key}={value} is out of range; it must be {bounds}")
-
-
-def nearest(name: str, valid: Iterable[str]) -> str:
-    """A sentence that points from a wrong name to the right one."""
-    names = sorted(valid)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"did you mean '{close[0]}'?" if close else f"valid names: {', '.join(names)}"
-
-
-def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
-    """Make dataclass ``cls`` from a mapping; unknown keys and wrong types raise ConfigError naming ``where.key``."""
-    check_keys(cls, values, where)
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(cls), OmegaConf.create(dict(values)))
-        return OmegaConf.to_object(merged)  # type: ignore[return-value]
-    except OmegaConfBaseException as error:
-        key = f"{where}.{error.full_key}" if error.full_key else where
-        raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from None
-
-
-def check_keys(cls: type, values: Mapping[str, Any], where: str) -> None:
-    """Raise ConfigError for the first key of ``values`` that dataclass ``cls`` (or one nested in it) lacks."""
-    known = {f.name: f for f in fields(cls)}
-    for key, value in values.items():
-        if key not in known:
-            raise ConfigError(f"unknown key '{where}.{key}'; {nearest(key, known)}")
-        nested = known[key].default_factory
-        if isinstance(value, Mapping) and isinstance(nested, type) and is_dataclass(nested):
-            check_keys(nested, value, f"{where}.{key}")
-
-
-def load_config(name: str, overrides: Sequence[str]) -> RunConfig:
-    """Compose ``conf/<name>.yaml`` with ``key=value`` overrides and check all of it.
-
-    Raises ConfigError for an unknown key, group or value (with the nearest valid one), or a value out of range.
-    """
-    return check_config(compose_config(name, overrides))
-
-
-def compose_config(name: str, overrides: Sequence[str]) -> DictConfig:
-    """Hydra's composition with errors a person can read."""
-    for override in overrides:
-        if sum(map(override.count, "[{(")) > MAX_BRACKETS:  # Hydra's parser would take minutes, or run out of stack
-            raise ConfigError(
-                f"'{override[:40]}…' has more than {MAX_BRACKETS} brackets; write such a value into a file"
-            )
-    with initialize_config_dir(version_base="1.3", config_dir=str(conf_folder())):
-        try:
-            return compose(config_name=name, overrides=list(overrides))
-        except (HydraException, OmegaConfBaseException) as error:
-            raise ConfigError(_explain(error, name, overrides)) from None
-        except (ValueError, OSError) as error:  # Hydra's, of a group that is no name, or longer than a file's may be
-            raise ConfigError(f"{str(error)[:200]}; check {', '.join(each[:40] for each in overrides)}") from None
-
-
-def check_config(composed: DictConfig) -> RunConfig:
-    """Turn a composed mapping into the checked RunConfig."""
-    try:
-        resolved = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"'{error.full_key}' has no value; set {error.full_key}=…") from None
-    assert isinstance(resolved, dict)
-    plain = {str(key): value for key, value in resolved.items()}
-    known = ("seed", "data", "method", *SECTIONS)
-    for key in plain:
-        if key not in known:
-            raise ConfigError(
-                f"unknown section '{key}'; {nearest(key, known)}; experiments with `compare` and `entries` are for "
-                "`distill compare`"
-            )
-    for key in known:
-        if key not in plain:
-            raise ConfigError(f"the section '{key}' is missing; do not delete it")
-        if key != "seed" and not isinstance(plain[key], dict):
-            raise ConfigError(f"{key}={plain[key]} is not a section; set its keys one by one, as {key}.KEY=VALUE")
-    if type(plain["seed"]) is not int:
-        raise ConfigError(f"seed={plain['seed']} is not a whole number")
-    sections: dict[str, Any] = {key: build(cls, plain[key], key) for key, cls in SECTIONS.items()}
-    try:
-        data = data_config(plain["data"])
-    except DataConfigError as error:
-        raise ConfigError(str(error)) from None
-    return RunConfig(seed=int(plain["seed"]), data=data, method=plain["method"], resolved=plain, **sections)
-
-
-def conf_folder() -> Path:
-    """The folder of YAML groups: inside the installed package, or beside it in a checkout."""
-    package = Path(__file__).resolve().parent
-    return next(path for path in (package / "conf", package.parent / "conf") if (path / "config.yaml").is_file())
-
-
-def _explain(error: Exception, name: str, overrides: Sequence[str]) -> str:
-    """Name the override that failed and the nearest valid key or group choice."""
-    groups = {p.name: sorted(f.stem for f in p.glob("*.yaml")) for p in conf_folder().iterdir() if p.is_dir()}
-    for override in overrides:
-        key, _, value = override.lstrip("+~").partition("=")
-        if key in groups and value not in (*groups[key], "null"):
-            return f"{key}={value}: no such choice in conf/{key}; {nearest(value, groups[key])}"
-    good = [o for o in overrides if o.partition("=")[0] in groups]
-    try:
-        valid = set(_flat_keys(compose(config_name=name, overrides=good))) | set(groups)
-    except (HydraException, OmegaConfBaseException):
-        return str(error).splitlines()[0]
-    for override in overrides:
-        key, separator, _ = override.lstrip("+~").partition("=")
-        if not separator:
-            return f"'{override}' is not of the form key=value"
-        if key not in valid:
-            return f"unknown key '{key}'; {nearest(key, valid)}"
-    return str(error).splitlines()[0]
-
-
-def _flat_keys(config: DictConfig, prefix: str = "") -> Iterable[str]:
-    for key in map(str, config):
-        full = f"{prefix}{key}"
-        yield full
-        if not OmegaConf.is_missing(config, key) and isinstance(config[key], DictConfig):
-            yield from _flat_keys(config[key], f"{full}.")
