@@ -22,10 +22,10 @@ $(STAMP): setup.py constraints.txt
 demo: setup
 	$(BIN)/torchrun --standalone --nproc-per-node 2 -m distill.demo
 
-# Two tests at a time, file by file (tests/conftest.py); TEST_JOBS=0 for one after the other.
+# Two tests at a time, file by file, the longest files first (tests/conftest.py); TEST_JOBS=0 for one after the other.
 TEST_JOBS ?= 2
 test: setup
-	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadgroup $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadgroup --no-loadscope-reorder $(PYTEST_ARGS)
 
 # Malformed input for every reader: about 10 minutes; `make test` runs a short part. FUZZ_ARGS="--seed 2" for other cases.
 fuzz: setup

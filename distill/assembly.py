@@ -6,7 +6,8 @@ different families are refused, a method that needs a teacher gets one or says s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -30,6 +31,8 @@ from distill.models import (
 )
 from distill.seeds import mix
 from distill.sorted_samples import check_schedule
+from distill.teachers.cache.checks import cached_tokenizer, check_cached
+from distill.teachers.sources import TeacherPart, check_several, foreign_tokenizers, load_tokenizers, teacher_specs
 
 TOKENIZER_EXAMPLES = 20_000
 INITIAL = 1  # purpose of the random numbers that initialise a model
@@ -39,7 +42,8 @@ INITIAL = 1  # purpose of the random numbers that initialise a model
 class Parts:
     """What a run works with. ``student`` may be a peft model; ``teacher`` and ``reference`` are frozen, in evaluation mode.
 
-    ``reference`` is None unless the method asks for one and ``model.reference.path`` names it.
+    ``reference`` is None unless the method asks for one and ``model.reference.path`` names it. ``teachers`` holds every teacher
+    by its name; ``teacher`` is the only one, where its tokenizer is the student's, and else None.
     """
 
     task: Task
@@ -49,6 +53,7 @@ class Parts:
     teacher: PreTrainedModel | None
     reference: PreTrainedModel | None
     method: Method
+    teachers: Mapping[str, TeacherPart] = field(default_factory=dict)
 
 
 def assemble(config: RunConfig, weights: bool = True) -> Parts:
@@ -59,27 +64,31 @@ def assemble(config: RunConfig, weights: bool = True) -> Parts:
     method = build_method(config.method)
     _check_groups(config, method)
     check_schedule(config, method)
-    spec = config.model.teacher
     check_teacher(config, method)
+    check_several(config, method)
     try:
         task, held_out = build_task(config.data, "train"), build_task(config.data, "test")
     except (ValueError, OSError, ImportError) as error:
         raise DataError(f"data={config.data.name}: {error}") from None
-    teacher_tokenizer = load_tokenizer(spec, "teacher") if spec.path else None
-    tokenizer = student_tokenizer(config.model, task, teacher_tokenizer)
-    if teacher_tokenizer is not None:
-        check_tokenizers(tokenizer, teacher_tokenizer, "teacher")
-    teacher = None
-    if spec.path:
-        here = weights and config.teacher.placement == "colocated"
-        teacher = frozen_model(config, spec, "teacher") if here else load_outline(spec, "teacher")
+    specs = teacher_specs(config)
+    tokenizers = load_tokenizers(specs)
+    largest = max(tokenizers.values(), key=len, default=cached_tokenizer(config.teacher))
+    tokenizer = student_tokenizer(config.model, task, largest)
+    foreign = foreign_tokenizers(config, method, tokenizer, tokenizers)
+    here = weights and config.teacher.placement == "colocated"
+    teachers = {}
+    for name, spec in specs.items():
+        model = frozen_model(config, spec, name) if here else load_outline(spec, name)
+        teachers[name] = TeacherPart(spec, model, foreign.get(name))
+    teacher = teachers["teacher"].model if "teacher" in specs and not foreign else None
     reference = None
     if "reference" in method.needs and config.model.reference.path:
         check_tokenizers(tokenizer, load_tokenizer(config.model.reference, "reference"), "reference")
         reference = frozen_model(config, config.model.reference, "reference")
     student = make_student(config, tokenizer).to(device()) if weights else _outlined_student(config)
-    _check_context(config, {"student": student, "teacher": teacher, "reference": reference})
-    return Parts(task, held_out, tokenizer, student, teacher, reference, method)
+    alike = {name: part.model for name, part in teachers.items() if part.tokenizer is None}
+    _check_context(config, {"student": student, **alike, "reference": reference})
+    return Parts(task, held_out, tokenizer, student, teacher, reference, method, teachers)
 
 
 def check_teacher(config: RunConfig, method: Method) -> None:
@@ -101,11 +110,18 @@ def check_teacher(config: RunConfig, method: Method) -> None:
             f"method={name} trains on text that the teacher writes, and with teacher.placement={section.placement} it only scores; "
             "set teacher.placement=colocated, or rollout=vllm, where a server writes"
         )
+    if elsewhere and config.eval.every and config.eval.kl_examples and config.model.teacher.path:
+        raise ConfigError(
+            f"eval.kl_examples={config.eval.kl_examples} compares with a teacher in process, and with "
+            f"teacher.placement={section.placement} it is elsewhere; set eval.kl_examples=0 (`distill eval` measures it afterwards)"
+        )
     if method.needs and section.signal not in method.signals:
         raise ConfigError(
             f"method={name} cannot learn from teacher.signal={section.signal} as it is set; it can from "
             f"{', '.join(sorted(method.signals))}"
         )
+    if reads and section.placement == "cache":
+        check_cached(config, method)
     if section.signal == "sampled" and reads and method.uses() != {Source.STUDENT}:
         raise ConfigError(
             f"teacher.signal=sampled is for text that the student wrote, and method={name} trains on other text; set "

@@ -32,7 +32,6 @@ from typing import Any
 
 from distill.replicas.books import read_samples
 from distill.runs import write_json
-from ncclx_py.elastic.journal import read_events
 
 TINY = ["data.min_terms=2", "data.max_terms=6", "train.batch_size=24", "train.micro_batch_size=4", "train.log_every=50"]
 RESTART_S = (0.0, 3.0)  # a killed replica is started again after a random time between these
@@ -51,6 +50,8 @@ class Cluster:
     jobs: dict[int, subprocess.Popen[bytes]] = field(default_factory=dict)
     store: subprocess.Popen[bytes] | None = None
     port: int = 0
+    _events: list[dict[str, Any]] = field(default_factory=list)
+    _read: int = 0  # bytes of the journal
 
     @property
     def journal(self) -> Path:
@@ -109,7 +110,15 @@ class Cluster:
             del self.jobs[replica]
 
     def events(self) -> list[dict[str, Any]]:
-        return read_events(self.journal)[0] if self.journal.exists() else []
+        """What the store has decided so far; only what is new is read."""
+        if self.journal.exists():
+            with self.journal.open("rb") as file:
+                file.seek(self._read)
+                for line in file:
+                    if line.endswith(b"\n"):
+                        self._events.append(json.loads(line))
+                        self._read += len(line)
+        return self._events
 
     def check_jobs(self) -> None:
         """Raises RuntimeError with the end of its log where a job has failed by itself."""
@@ -130,7 +139,8 @@ class Cluster:
 
     def _start(self, command: list[str], name: str) -> subprocess.Popen[bytes]:
         with (self.folder / f"{name}.log").open("ab") as log:
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            # A launcher that is killed leaves its temporary folder behind: it goes with this one.
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(self.folder)}
             return subprocess.Popen(
                 [sys.executable, *command], stdout=log, stderr=log, env=environment, start_new_session=True
             )

@@ -28,6 +28,7 @@ from distill.runs import replace_folder
 MANIFEST = "manifest.json"
 DEEPSPEED_RECORDS: list[Any] = [LossScaler, ZeroStageEnum, fragment_address]  # DeepSpeed's own classes in its files
 FROZEN = "frozen_models.pt"  # what is the same on every rank and belongs to no optimizer
+PART = "vocabulary_{:05d}.pt"  # one for each part of a vocabulary that is split over ranks
 
 
 class RecordingWriter(TorchCheckpointEngine):
@@ -98,6 +99,9 @@ class Checkpoints:
         engine.deepspeed.save_checkpoint(str(self.folder), tag=partial.name, client_state=state, save_latest=False)
         if rank() == 0:
             writer.save(frozen, str(partial / FROZEN))
+        part = engine.part_state()
+        if part is not None:
+            writer.save(part, str(partial / PART.format(part["place"])))
         failures = [f"rank {i}: {text}" for i, text in enumerate(gathered(writer.failure)) if text]
         if failures:
             self._give_up(partial, target, failures[0])
@@ -132,7 +136,7 @@ class Checkpoints:
             f"{f'the last good one is {good}' if good else 'there is no earlier one'}. "
             "Free some space and run the same command again to continue"
         )
-        error.on_every_rank = True
+        error.on_every_rank, error.exit_status = True, 1
         raise error
 
     def _publish(self, partial: Path, target: Path, step: int) -> None:
@@ -167,6 +171,10 @@ class Checkpoints:
             if path is None:
                 raise CheckpointError(f"{checkpoint} could not be loaded by DeepSpeed; remove it to use the one before")
             frozen = torch.load(checkpoint / FROZEN, map_location="cpu", weights_only=True)
+            place = engine.part
+            if place is not None:
+                path = checkpoint / PART.format(place)
+                engine.restore_part(torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else None)
         return state, frozen
 
 

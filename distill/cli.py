@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -42,9 +42,16 @@ def main() -> int:
 
 
 def run_command(
-    name: str, documentation: str, body: Callable[[list[str]], dict[str, Any]], arguments: Sequence[str] | None
+    name: str,
+    documentation: str,
+    body: Callable[[list[str]], dict[str, Any]],
+    arguments: Sequence[str] | None,
+    switches: Mapping[str, tuple[str, str]] = {},
 ) -> int:
-    """Parse the arguments of one subcommand, run it, report; returns the exit code."""
+    """Parse the arguments of one subcommand, run it, report; returns the exit code.
+
+    ``switches``: option → the override that it stands for, and its help.
+    """
     parser = argparse.ArgumentParser(
         prog=f"distill {name}",
         description=documentation,
@@ -53,9 +60,11 @@ def run_command(
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides, for example train.steps=50")
     parser.add_argument("--json", metavar="FILE", help="write the figures as JSON to FILE ('-' for standard output)")
-    options = parser.parse_args(arguments)
+    for switch, (override, purpose) in switches.items():
+        parser.add_argument(switch, dest="switched", action="append_const", const=override, help=purpose)
+    options = parser.parse_intermixed_args(arguments)
     try:
-        figures = body(options.overrides)
+        figures = body([*options.overrides, *(getattr(options, "switched", None) or [])])
     except DistillError as error:
         return _report(error)
     except KeyboardInterrupt:
@@ -70,7 +79,7 @@ def _report(error: DistillError) -> int:
     """One message per job: where all ranks fail alike, rank 0 speaks; else the rank that failed does."""
     index = os.environ.get("RANK", "0")
     if index == "0" or not error.on_every_rank:
-        kind = "error: " if error.exit_status == 2 else ""
+        kind = "error: " if error.exit_status in (1, 2) else ""  # one that was told to stop has not failed
         print(f"{kind}{error}", file=sys.stderr, flush=True)
     else:
         time.sleep(1.0)  # torchrun ends the job at the first exit: let rank 0 speak

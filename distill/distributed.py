@@ -22,6 +22,8 @@ import ncclx_py  # noqa: F401  (registers the backend)
 from distill.config import CommConfig
 from distill.data import CannotEncode, TooLong
 from distill.errors import DistillError
+from distill.wire import decode, encode
+from ncclx_py.small_messages import broadcast_bytes, gather_bytes
 
 T = TypeVar("T")
 USER_ERRORS = (TooLong, CannotEncode)  # their messages need no type in front
@@ -43,16 +45,20 @@ def device() -> torch.device:
 
 
 @contextmanager
-def process_group(config: CommConfig) -> Iterator[None]:
-    """Join the world described by the environment, leave it on the way out. An existing group is used as it is."""
+def process_group(
+    config: CommConfig, store: dist.Store | None = None, number: int = -1, size: int = -1
+) -> Iterator[None]:
+    """Join the world described by the environment, or, as number ``number``, that of ``size`` ranks who meet at ``store``; leave
+    it on the way out. An existing group is used as it is."""
     if dist.is_initialized():
         yield
         return
-    if "WORLD_SIZE" not in os.environ:
+    if store is None and "WORLD_SIZE" not in os.environ:
         _world_of_one()
     if device().type == "cuda":
         torch.cuda.set_device(device())
-    dist.init_process_group(config.backend, timeout=timedelta(seconds=config.timeout_s))
+    timeout = timedelta(seconds=config.timeout_s)
+    dist.init_process_group(config.backend, timeout=timeout, store=store, rank=number, world_size=size)
     try:
         yield
     finally:
@@ -84,17 +90,13 @@ def total(values: list[float]) -> list[float]:
 
 
 def gathered(value: T) -> list[T]:
-    """Every rank's ``value``, in rank order, on every rank."""
-    values: list[T | None] = [None] * world_size()
-    dist.all_gather_object(values, value)
-    return values  # type: ignore[return-value]
+    """Every rank's ``value``, in rank order, on every rank. Values are what ``distill.wire`` carries; nothing is pickled."""
+    return [decode(data) for data in gather_bytes(encode(value), device=device())]
 
 
 def from_rank_0(value: T | None) -> T:
-    """Rank 0's ``value`` on every rank."""
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]  # type: ignore[return-value]
+    """Rank 0's ``value`` on every rank. Values are what ``distill.wire`` carries; nothing is pickled."""
+    return decode(broadcast_bytes(encode(value if rank() == 0 else None), 0, device=device()))
 
 
 @contextmanager

@@ -1,12 +1,12 @@
 """The training engine: DeepSpeed around the student, with what the trainer needs and nothing else.
 
-    engine = TrainEngine(student, config, accumulation=4)
-    logits = engine.forward(batch)
-    engine.backward(loss_sum * scale); engine.step()
+    engine = TrainEngine(student, config.engine, config.train, path)
+    losses = engine.token_losses(batch, lambda student: method.token_losses(Targets(student, …)))
+    engine.backward(losses.loss.sum() * scale); engine.step()
 
 ZeRO stages 0–3, fp32 and bf16 (fp32 master weights), AdamW, a learning-rate schedule from transformers. The student's weights
 for rollouts, evaluation and export come from ``plain_student`` on every stage: the module itself where each rank holds all
-parameters, a synchronised copy under ZeRO-3.
+parameters, a synchronised copy under ZeRO-3, and one that shares all but the vocabulary where that is split over ranks.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,14 +35,22 @@ from distill.config import EngineConfig, TrainSection
 from distill.data.batch import TokenBatch
 from distill.distributed import device, world_size
 from distill.errors import ConfigError
-from distill.models import TargetLogits, causal_lm, count_parameters
+from distill.loss_path import LOGITS, LossPath
+from distill.methods.base import StudentSignal, TokenLosses
+from distill.models import causal_lm, count_parameters
 from distill.muon import Muon
+from distill.student_losses import Score, StudentLosses
+from distill.vocabulary.group import make_group
+from distill.vocabulary.modules import SplitStudent
+from distill.vocabulary.training import SplitTraining, check_split
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 # DeepSpeed calls collectives by names that torch 2.13 calls old; nothing a user could do about it.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
 # DeepSpeed would compile a C++ all-reduce for inference at start-up on CPU; training never calls it.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+# DeepSpeed imports its own Muon in the first step of every run, and with it the whole of torch's compiler: 2 s on each rank.
+deepspeed.runtime.compiler.compile = lambda: lambda function: function
 
 NO_CLIP = 1e30  # a threshold that is never reached: the norm is still measured
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -50,7 +59,7 @@ TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class TrainEngine:
     """A student in training on all ranks of the process group, which must exist already."""
 
-    def __init__(self, student: nn.Module, config: EngineConfig, train: TrainSection) -> None:
+    def __init__(self, student: nn.Module, config: EngineConfig, train: TrainSection, path: LossPath = LOGITS) -> None:
         self.config = config
         # Replicas come and go: the number of micro-batches is the trainer's to say, each time (`announce`).
         self.replicated = config.replicas.enabled
@@ -58,20 +67,27 @@ class TrainEngine:
         self._last = True
         if config.activation_checkpointing:
             causal_lm(student).gradient_checkpointing_enable()
+        self.parameters = count_parameters(student)
         # A pristine structure for rollouts must be taken before ZeRO-3 replaces every parameter by its shard.
         self._blueprint = copy.deepcopy(student).eval() if config.zero_stage == 3 else None
+        self._split = _split_vocabulary(student, config)
         optimizer = make_optimizer(student, config)
         scheduler = schedule(optimizer, config, train.steps)
         self.deepspeed: DeepSpeedEngine
         self.deepspeed, *_ = deepspeed.initialize(
-            model=TargetLogits(student),
+            model=StudentLosses(student, path, self._split),
             optimizer=optimizer,
             lr_scheduler=scheduler,
-            config=deepspeed_config(config, train, self.accumulation, count_parameters(student)),
+            config=deepspeed_config(config, train, self.accumulation, self.parameters),
             dist_init_required=False,
         )
         if config.dtype == "bfloat16" and config.zero_stage == 0:
             _undo_trial_step(self.deepspeed.optimizer, optimizer)
+        if config.zero_stage == 3:
+            self.deepspeed.module.register_head()
+        self._split_training: SplitTraining | None = None
+        if self._split is not None:
+            self._split_training = SplitTraining(self._split, self.deepspeed, optimizer)
         self._unsharded_norm = 0.0
         # A helper script beside every checkpoint, written without any check for a full disk; `final/` makes it needless.
         self.deepspeed._copy_recovery_script = lambda _: None
@@ -79,6 +95,9 @@ class TrainEngine:
 
     def _clip_unsharded(self) -> None:
         """What DeepSpeed does for ZeRO-0 in fp32, except that the norm is kept for the log."""
+        if self._split_training is not None:
+            self._unsharded_norm = self._split_training.clip(self.deepspeed.gradient_clipping())
+            return
         norm = nn.utils.clip_grad_norm_(self.deepspeed.module.parameters(), self.deepspeed.gradient_clipping())
         self._unsharded_norm = float(norm)
 
@@ -87,10 +106,20 @@ class TrainEngine:
         """The Hugging Face (or peft) model inside; its parameters may be shards."""
         return self.deepspeed.module.model
 
-    def forward(self, batch: TokenBatch) -> Tensor:
-        """Student logits ``[T, V]`` of the batch's supervised positions, with gradient."""
+    def token_losses(self, batch: TokenBatch, score: Score) -> TokenLosses:
+        """What ``score`` makes of the student's signal at the batch's supervised positions, with gradient.
+
+        ``score`` is called once, after the student's layers and where its head is at hand; see ``distill.student_losses``.
+        """
+        made: list[TokenLosses] = []
+
+        def losses(student: StudentSignal) -> Tensor:
+            made.append(score(student))
+            return made[0].loss
+
         self.deepspeed.train()
-        return self.deepspeed(batch)
+        loss = self.deepspeed(batch, losses)
+        return replace(made[0], loss=loss)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of ``loss``, one rank's share of the global sum, to this step's gradient.
@@ -124,6 +153,8 @@ class TrainEngine:
 
     def discard(self) -> None:
         """Forget the gradient of a step that will not be taken."""
+        # The next pass is a step's first again.
+        self.deepspeed.micro_steps -= self.deepspeed.micro_steps % self.accumulation
         self.deepspeed.module.zero_grad()
         optimizer = self.deepspeed.optimizer
         if hasattr(optimizer, "averaged_gradients"):
@@ -132,6 +163,20 @@ class TrainEngine:
             for gathered in (optimizer.averaged_gradients, getattr(optimizer, "all_grad_tensors", {})):
                 for group in gathered:
                     gathered[group] = None
+
+    @property
+    def part(self) -> int | None:
+        """Which part of the vocabulary this rank holds; None where it is not split."""
+        return None if self._split is None else self._split.group.place
+
+    def part_state(self) -> dict[str, Any] | None:
+        """What a checkpoint must hold of this rank's part of a split vocabulary; None where another rank says it, or nobody."""
+        return None if self._split_training is None else self._split_training.state()
+
+    def restore_part(self, state: dict[str, Any] | None) -> None:
+        """Put back what `part_state` returned on the rank with this part. Raises CheckpointError for None and for another part."""
+        assert self._split_training is not None
+        self._split_training.restore(state)
 
     @property
     def grad_norm(self) -> float:
@@ -152,6 +197,10 @@ class TrainEngine:
     @contextmanager
     def whole_student(self) -> Iterator[nn.Module]:
         """The student, peft wrapper included, with all its parameters on this rank and in evaluation mode."""
+        if self._split is not None:
+            with self._split.whole() as whole:
+                yield whole
+            return
         model = self.student if self._blueprint is None else self._synchronised_copy()
         training = model.training
         model.eval()
@@ -171,6 +220,15 @@ class TrainEngine:
                 with deepspeed.zero.GatheredParameters([parameter]):
                     target[name].copy_(parameter)
         return self._blueprint
+
+
+def _split_vocabulary(student: nn.Module, config: EngineConfig) -> SplitStudent | None:
+    """Splits the student's vocabulary in place where ``engine.vocab_parallel`` asks for it. Raises ConfigError."""
+    if config.vocab_parallel == 1:
+        return None
+    model = causal_lm(student)
+    check_split(config, adapters=model is not student)
+    return SplitStudent(model, make_group(config.vocab_parallel, len(model.get_output_embeddings().weight)))
 
 
 def _undo_trial_step(wrapper: Any, optimizer: torch.optim.Optimizer) -> None:

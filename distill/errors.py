@@ -2,7 +2,7 @@
 
 Everything a user can get wrong (a key, a path, a value, a full disk) raises a subclass of ``DistillError`` whose
 message names the value, the place and the remedy. The command line prints that message without a traceback and exits
-with 2; anything else is a defect of ours and keeps its traceback.
+with 2, or 1 where nothing was wrong with the input; anything else is a defect of ours and keeps its traceback.
 """
 
 
@@ -34,11 +34,35 @@ class CheckpointError(DistillError):
     """A checkpoint that cannot be written, read, or continued from."""
 
 
+class CacheError(DistillError):
+    """A cache of teacher scores that cannot be written or read, or does not fit the run."""
+
+
 class ServerError(DistillError):
     """A rollout server that cannot be started or reached, or that does not serve what the run needs."""
+
+    exit_status = 1
+
+
+class TeacherRankLost(DistillError):
+    """A rank that teaches (``teacher.placement=separate``) is gone, as this student rank learnt; others may learn it elsewhere. Or
+    the servers that teach (``server``) stay away or refuse a request, as all ranks learn together.
+
+    The trainer carries it to the end of the step, where all students agree to save and stop, or to go on without that rank.
+    """
+
+    exit_status = 1
+
+
+class TeacherLost(DistillError):
+    """A teacher, on ranks of its own or behind a server, that no longer answers; every student rank raises it at the same call."""
+
+    on_every_rank = True
+    exit_status = 1
 
 
 class NonFiniteLossError(DistillError):
     """The loss became NaN or infinite; the message names the step and the samples."""
 
     on_every_rank = True
+    exit_status = 1

@@ -10,28 +10,33 @@ from dataclasses import dataclass
 from math import comb
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.config import RunConfig
 from distill.data import Example, Task
 from distill.data.batch import TokenBatch, collate
+from distill.data.mixed import PART
 from distill.data.tokenize import OnLong, TokenSequence, encode_examples, encode_prompt
 from distill.distributed import all_or_nothing, device, gathered, rank, total, world_size
 from distill.errors import DataError
-from distill.kernels import divergence
-from distill.models import TargetLogits
+from distill.methods.base import DivergenceSpec, Targets
+from distill.models import final_logits, target_hidden
 from distill.monitors import WordCounter
 from distill.rollouts.generator import Generator
 from distill.rollouts.rollout import Rollout
 from distill.rollouts.sampling import SamplingParams
 from distill.samples import prompt_fits
 from distill.seeds import mix
+from distill.teachers.signals import FullLogits, HiddenStates, head_of
+from distill.wire import travels
 
 EVAL = 21  # purpose of the random choices made here
 
 Progress = Callable[[int], None]  # called with the number of responses finished so far
 
 
+@travels
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """One response to one problem."""
@@ -42,6 +47,7 @@ class Outcome:
     length: int
     finished: bool
     words: int = 0  # epistemic words, see ``distill.monitors``
+    part: str | None = None  # of data=mixed
 
 
 class Evaluator:
@@ -123,10 +129,11 @@ class Evaluator:
         text = str(self.tokenizer.decode(rollout.response_ids, skip_special_tokens=True))
         finished = rollout.finish != "length"
         length, words = len(rollout.response_ids), self._words.count(text)
+        part = example.metadata.get(PART) if self.config.data.name == "mixed" else None
         if example.answer is None:
-            return Outcome(problem, False, None, length, finished, words)
+            return Outcome(problem, False, None, length, finished, words, part)
         verdict = self.task.verify(example, text)
-        return Outcome(problem, verdict.correct, verdict.exact_chain, length, finished, words)
+        return Outcome(problem, verdict.correct, verdict.exact_chain, length, finished, words, part)
 
     def _generator(self, model: PreTrainedModel) -> Generator:
         if id(model) not in self._generators:
@@ -144,8 +151,8 @@ class Evaluator:
             sequences, _ = encode_examples(self.tokenizer, examples, self.config.train.max_length, on_long)
         sums = [0.0, 0.0]
         for batch in micro_batches(sequences, self.config.train.micro_batch_size, self._pad):
-            ours, theirs = (TargetLogits(m)(batch) for m in (model, teacher))
-            loss = divergence(ours, theirs, kind="forward_kl").loss
+            ours, theirs = (said_by(m, batch) for m in (model, teacher))
+            loss = DivergenceSpec(kind="forward_kl")(Targets(ours, theirs, batch.target_ids)).loss
             sums[0] += float(loss.double().sum())
             sums[1] += loss.numel()
         kl, tokens = total(sums)
@@ -158,13 +165,23 @@ class Evaluator:
         return pad
 
 
+def said_by(model: PreTrainedModel, batch: TokenBatch) -> FullLogits | HiddenStates:
+    """What a model says at the batch's supervised positions: hidden states, as a whole batch's logits would be large; logits
+    where the head is no plain matrix (it may have an adapter)."""
+    hidden = target_hidden(model, batch)
+    if type(model.get_output_embeddings()) is nn.Linear:
+        return HiddenStates(hidden, head_of(model))
+    return FullLogits(final_logits(model, hidden))
+
+
 def micro_batches(sequences: Sequence[TokenSequence], size: int, pad_id: int) -> list[TokenBatch]:
     """Padded batches of at most ``size`` sequences each, on this rank's device."""
     return [collate(sequences[i : i + size], pad_id, None).to(device()) for i in range(0, len(sequences), size)]
 
 
 def summarise(outcomes: Sequence[Outcome]) -> dict[str, float]:
-    """Shares and means over outcomes, one per problem; ``epistemic_density`` (words per 1,000 tokens) where there are any."""
+    """Shares and means over outcomes, one per problem; ``epistemic_density`` (words per 1,000 tokens) where there are any, and
+    ``pass_at_1/PART`` of data=mixed."""
     count = max(len(outcomes), 1)
     figures = {
         "pass_at_1": sum(o.correct for o in outcomes) / count,
@@ -174,6 +191,9 @@ def summarise(outcomes: Sequence[Outcome]) -> dict[str, float]:
     words = sum(o.words for o in outcomes)
     if words:
         figures["epistemic_density"] = 1000.0 * words / sum(o.length for o in outcomes)
+    for part in sorted({o.part for o in outcomes if o.part is not None}):
+        own = [o.correct for o in outcomes if o.part == part]
+        figures[f"pass_at_1/{part}"] = sum(own) / len(own)
     chains = [o.exact_chain for o in outcomes if o.exact_chain is not None]
     return figures | ({"exact_chain": sum(chains) / len(chains)} if chains else {})
 

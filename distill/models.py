@@ -8,6 +8,7 @@ padding never cost a row of the vocabulary. ``target_hidden`` returns what stand
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,30 +82,47 @@ def scaled_and_capped(logits: Tensor, scale: float, cap: float | None) -> Tensor
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
+def section_of(who: str) -> str:
+    """Where the configuration has a model: the student, teacher or reference, or by its name one of several teachers."""
+    return f"model.{who}" if who in ("student", "teacher", "reference") else f"teacher.many.{who}"
+
+
+def title_of(who: str) -> str:
+    """What a person calls a model."""
+    return f"the {who}" if section_of(who).startswith("model.") or " " in who else f"teacher '{who}'"
+
+
 def load_tokenizer(spec: ModelSpec, who: str) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model (or at ``spec.tokenizer``). Raises ModelError naming the path."""
     path = spec.tokenizer or spec.path
     assert path is not None
-    _require_folder(path, f"model.{who}.tokenizer" if spec.tokenizer else f"model.{who}.path")
+    _require_folder(path, f"{section_of(who)}.tokenizer" if spec.tokenizer else f"{section_of(who)}.path")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"no tokenizer for the {who} at '{path}': {_first_line(error)}") from None
+        raise ModelError(f"no tokenizer for {title_of(who)} at '{path}': {_first_line(error)}") from None
     if tokenizer.eos_token_id is None:
-        raise ModelError(f"the {who}'s tokenizer at '{path}' has no end-of-sequence token; set one and save it again")
+        raise ModelError(
+            f"{title_of(who)}'s tokenizer at '{path}' has no end-of-sequence token; set one and save it again"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def load_model(spec: ModelSpec, who: str, dtype: torch.dtype) -> PreTrainedModel:
-    """A causal LM from ``spec.path``. Raises ModelError for a missing path, a wrong kind, or a checkpoint with gaps."""
+def load_model(
+    spec: ModelSpec, who: str, dtype: torch.dtype, options: Mapping[str, Any] | None = None
+) -> PreTrainedModel:
+    """A causal LM from ``spec.path``. Raises ModelError for a missing path, a wrong kind, or a checkpoint with gaps.
+
+    ``options``: further ones of transformers' ``from_pretrained``.
+    """
     assert spec.path is not None
-    key = f"model.{who}.path"
+    key = f"{section_of(who)}.path"
     _require_folder(spec.path, key)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            spec.path, dtype=dtype, attn_implementation=spec.attention, output_loading_info=True
+            spec.path, dtype=dtype, attn_implementation=spec.attention, output_loading_info=True, **(options or {})
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(
@@ -124,12 +142,14 @@ def load_model(spec: ModelSpec, who: str, dtype: torch.dtype) -> PreTrainedModel
 def load_outline(spec: ModelSpec, who: str) -> PreTrainedModel:
     """The model at ``spec.path`` without its weights (on the meta device), for what its configuration says. Raises ModelError."""
     assert spec.path is not None
-    _require_folder(spec.path, f"model.{who}.path")
+    _require_folder(spec.path, f"{section_of(who)}.path")
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(spec.path))
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"model.{who}.path={spec.path}: no causal language model: {_first_line(error)}") from None
+        raise ModelError(
+            f"{section_of(who)}.path={spec.path}: no causal language model: {_first_line(error)}"
+        ) from None
     with contextlib.suppress(OSError):  # many folders have none; the one made from the configuration then stands
         model.generation_config = GenerationConfig.from_pretrained(spec.path)
     return model
@@ -196,13 +216,14 @@ def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
     if not differing and _split(student) == _split(teacher):
         return
     examples = ", ".join(
-        f"{token!r} is {ours.get(token, 'absent')} for the student and {theirs.get(token, 'absent')} for the {who}"
+        f"{token!r} is {ours.get(token, 'absent')} for the student and {theirs.get(token, 'absent')} for {title_of(who)}"
         for token in sorted(differing)[:2]
     )
     raise ModelError(
-        f"the student's and the {who}'s tokenizers differ in {len(differing)} of their first {shared} tokens"
-        f"{': ' + examples if examples else ' (they split the same text differently)'}. Token-level distillation needs "
-        "one tokenizer family; choose a student of the {who}'s family"
+        f"the student's and {title_of(who)}'s tokenizers differ in {len(differing)} of their first {shared} tokens"
+        f"{': ' + examples if examples else ' (they split the same text differently)'}. Whole distributions can only be "
+        f"compared within one tokenizer family; choose a student of {title_of(who)}'s, or align the two: teacher.signal=sampled or "
+        "topk (not with teacher.mixture=mean, a cache, or text that the teacher writes)"
     )
 
 

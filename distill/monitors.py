@@ -15,6 +15,8 @@ Alarms are a line in the log when they begin and ``alarm/NAME`` = 1 in the metri
   is ``accuracy_drop`` below its best.
 - ``entropy_collapse``: on its rollouts the student's entropy is below ``entropy_share`` of its teacher's there, or of its own
   in the first steps where no teacher is scored. Text from elsewhere is left out: there, low entropy is a good fit.
+- ``teacher_is_student``: over the last steps the divergence from the teacher was below ``same_divergence``: there is nothing to
+  learn from a teacher that is the student. `same_weights` tells before the first step, where both are in one process.
 - ``length_blow_up``: rollouts are ``length_growth`` times as long as in the first steps.
 """
 
@@ -24,9 +26,13 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 
+import torch
+from torch import nn
+
 from distill.config import MonitorSection
 from distill.methods.base import BatchFacts, SequenceFacts, Source
 
+SAME_STEPS = 3  # before "the teacher is the student" is said
 BY_STUDENT = (Source.STUDENT, Source.MONITORED)
 
 
@@ -97,7 +103,7 @@ class Average:
 class Monitors:
     """Moving averages and alarms of one run. Every rank keeps the same: all they see are global figures."""
 
-    WATCHED = ("grad_norm", "grad_norm_squared", "student_entropy", "teacher_entropy", "length")
+    WATCHED = ("grad_norm", "grad_norm_squared", "student_entropy", "teacher_entropy", "length", "divergence")
 
     def __init__(self, options: MonitorSection) -> None:
         self.options = options
@@ -143,7 +149,9 @@ class Monitors:
             for name in ("student_entropy", "teacher_entropy"):
                 if f"monitor/{name}" in figures:
                     self._averages[name].add(figures[f"monitor/{name}"])
-        return [*self._entropy(figures), *self._length(figures)]
+        if (distance := _distance(figures)) is not None:
+            self._averages["divergence"].add(distance)
+        return [*self._entropy(figures), *self._length(figures), *self._same(figures)]
 
     def after_evaluation(self, figures: dict[str, float]) -> list[str]:
         """The same for the figures ``eval/…`` of an evaluation."""
@@ -183,6 +191,17 @@ class Monitors:
             f"rollouts have {length.value:.4g} tokens, up from {length.baseline or 0.0:.4g} in the first steps",
         )
 
+    def _same(self, figures: dict[str, float]) -> list[str]:
+        distance = self._averages["divergence"]
+        wrong = distance.count >= SAME_STEPS and distance.value < self.options.same_divergence
+        return self._alarm(
+            figures,
+            "teacher_is_student",
+            wrong,
+            f"student and teacher say the same (divergence {distance.value:.3g} nats per token): is the teacher the student? "
+            "Look at model.teacher.path, teacher.many and model.student.path",
+        )
+
     def _alarm(self, figures: dict[str, float], name: str, wrong: bool, text: str) -> list[str]:
         begins = wrong and name not in self._raised
         if wrong:
@@ -191,3 +210,19 @@ class Monitors:
         else:
             self._raised.discard(name)
         return [f"alarm {name}: {text}"] if begins else []
+
+
+def _distance(figures: dict[str, float]) -> float | None:
+    """How far a step's student was from its teacher, in nats per token; None where the method does not compare them."""
+    if "monitor/forward_kl" in figures:
+        return figures["monitor/forward_kl"]
+    known = [figures.get(f"monitor/{who}_logprob") for who in ("student", "teacher")]
+    return None if None in known else abs(known[0] - known[1])  # type: ignore[operator]
+
+
+def same_weights(student: nn.Module, teacher: nn.Module) -> bool:
+    """Whether the teacher has the very weights that the student starts from."""
+    ours, theirs = dict(student.named_parameters()), dict(teacher.named_parameters())
+    return ours.keys() == theirs.keys() and all(
+        theirs[name].shape == p.shape and torch.equal(theirs[name], p.to(theirs[name])) for name, p in ours.items()
+    )

@@ -93,7 +93,7 @@ class StepMaker:
         batches = micro_batches(
             replace(self.layout, count=count),
             made.sequences,
-            [scales.relative[position] for position in mine],
+            [scales.relative[p] * self.source.weight(one) for p, one in zip(mine, made.sequences, strict=True)],
             [weights[position] for position in mine],
             seeds if self.method.draws else None,
         )

@@ -37,6 +37,8 @@ FREE_KEYS = (
     "rollout.samples",
     "rollout.examples",
     "rollout.vllm",
+    "teacher.server",
+    "teacher.queue",
 )
 
 

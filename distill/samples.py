@@ -28,6 +28,7 @@ from distill.rollouts.rollout import Trajectory
 from distill.rollouts.sampling import SamplingParams
 from distill.rollouts.slot_time import SlotTime
 from distill.seeds import mix
+from distill.teachers.routing import Route
 
 ORDER, SOURCE, ROLLOUT, PROBE = 11, 12, 13, 15  # purposes: keep the random choices apart
 
@@ -81,6 +82,9 @@ class SampleSource:
         self.engine = engine or BuiltinEngine(config, tokenizer, method, teacher)
         self.order = SampleOrder(len(task), mix(config.seed, ORDER))
         self._words = WordCounter(config.monitor.epistemic_words)
+        section = config.teacher
+        self.route = Route(section) if section.many and section.mixture == "route" else None
+        self._readers = max(len(section.many), 1) if self.route is None else 1  # teachers that score each sequence
         self._teacher_context = context_length(teacher) if teacher is not None else None
 
     def state(self) -> dict[str, Any] | None:
@@ -109,6 +113,10 @@ class SampleSource:
             Wanted(sample, group, examples[group], self.method.source(sample, seed, progress))
             for sample, group in zip(samples, groups, strict=True)
         ]
+
+    def weight(self, sequence: TokenSequence) -> float:
+        """What the loss of a sequence is multiplied by, for its teacher."""
+        return 1.0 if self.route is None or sequence.tag is None else self.route.weights[sequence.tag]
 
     def make(self, samples: range, student: PreTrainedModel | None, progress: float = 0.0) -> StepSamples:
         """Sequences for these samples, in order; samples that do not fit are skipped under data.on_long=skip.
@@ -148,11 +156,14 @@ class SampleSource:
         view = self.method.teacher_view(wanted.example)
         if view is not None:
             sequence = replace(sequence, teacher_prompt=encode_prompt(self.tokenizer, view))
-        sequence = self.method.supervise(replace(sequence, sample=wanted.sample), self.tokenizer)
+        tag = None if self.route is None else self.route.teacher_of(wanted.example)
+        prompt = (view or wanted.example).prompt
+        sequence = replace(sequence, sample=wanted.sample, tag=tag, prompt=prompt)
+        sequence = self.method.supervise(sequence, self.tokenizer)
         if not self._teacher_can_read(sequence):
             return
         if "teacher" in self.method.needs:
-            made.teacher_read += len(sequence.before_teacher().ids)
+            made.teacher_read += self._readers * len(sequence.before_teacher().ids)
         flags = sequence.supervised
         tokens = len(sequence.response_ids) if flags is None else sum(flags)
         made.sequences.append(sequence)

@@ -17,26 +17,42 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import ncclx_py
-from distill.assembly import Parts, assemble
 from distill.cli import run_command
 from distill.config import RunConfig, load_config
 from distill.distributed import all_or_nothing, from_rank_0, process_group, rank, world_size
-from distill.engine import accumulation_steps
 from distill.errors import CheckpointError, ConfigError, DistillError
-from distill.export import export_student
 from distill.metrics import read_metrics
-from distill.models import count_parameters
 from distill.plots import plot_curves
 from distill.progress import say
 from distill.runs import RunFolder, write_json
 from distill.stopping import listen
 
+# The engine takes seconds to import: a wrong key and --help do not wait for it.
 if TYPE_CHECKING:
+    from distill.assembly import Parts
     from distill.trainer import Trainer
 
 
 def train(config: RunConfig) -> dict[str, Any]:
-    """Run to the end; returns the summary that also stands in ``summary.json``. All ranks call it together."""
+    """Run to the end; returns the summary that also stands in ``summary.json``. All ranks call it together.
+
+    On the ranks that teach (``teacher.placement=separate``) it serves the others to their end, and returns nothing.
+    """
+    if config.teacher.placement != "separate":
+        return _train(config)
+    from distill.teachers.separate.meeting import check_separate, serve
+    from distill.teachers.separate.roles import joined_job
+
+    check_separate(config)
+    ncclx_py.trace_into(RunFolder(config.run.dir, None).path / "trace")
+    with joined_job(config) as job:
+        return serve(config, job) if job.seats.teaches else _train(config)
+
+
+def _train(config: RunConfig) -> dict[str, Any]:
+    from distill.assembly import assemble
+    from distill.engine import accumulation_steps
+
     replicas = config.engine.replicas
     folder = RunFolder(config.run.dir, replicas.id if replicas.enabled else None)
     ncclx_py.trace_into(folder.replica / "trace")
@@ -71,8 +87,9 @@ def _run(trainer: Trainer, folder: RunFolder, config: RunConfig, parts: Parts, b
     if trainer.resume():
         say(f"continuing {folder.path} from step {trainer.done}")
     say(
-        f"{config.method['name']} on {config.data.name}: {count_parameters(trainer.engine.student):,} parameters, "
-        f"{world_size()} ranks on {config.comm.backend}, ZeRO-{config.engine.zero_stage}, {config.engine.dtype}"
+        f"{config.method['name']} on {config.data.name}: {trainer.engine.parameters:,} parameters, "
+        f"{world_size()} ranks on {config.comm.backend}, ZeRO-{config.engine.zero_stage}, {config.engine.dtype}, "
+        f"loss from {trainer.path}"
     )
     measured = trainer.run()
     summary = {
@@ -80,13 +97,16 @@ def _run(trainer: Trainer, folder: RunFolder, config: RunConfig, parts: Parts, b
         "world_size": world_size(),
         "steps": trainer.done,
         "seconds": round(time.perf_counter() - began, 2),
-        "parameters": count_parameters(trainer.engine.student),
+        "parameters": trainer.engine.parameters,
+        "loss_path": str(trainer.path),
         "tokens": trainer.tokens.state(),
         "final": str(folder.final),
         **measured,
     }
 
     def write() -> None:
+        from distill.export import export_student
+
         export_student(trainer.engine, parts.tokenizer, folder.final)
         if rank() == 0:
             plot_curves(read_metrics(folder.metrics), folder.curves, str(folder.path))

@@ -26,11 +26,12 @@ from distill.assembly import Parts
 from distill.checkpoint import Checkpoints
 from distill.config import RunConfig
 from distill.data.packing import check_packing
-from distill.distributed import all_or_nothing, device, gathered, rank
+from distill.distributed import all_or_nothing, device, gathered, raise_first, rank
 from distill.engine import TrainEngine
-from distill.errors import CheckpointError, NonFiniteLossError
+from distill.errors import CheckpointError, NonFiniteLossError, TeacherRankLost
 from distill.evaluation import Evaluator
-from distill.methods.base import BatchFacts, Targets
+from distill.loss_path import choose_loss_path
+from distill.methods.base import BatchFacts, StudentSignal, Targets, TokenLosses
 from distill.micro_batches import Layout, MicroBatch, micro_batches
 from distill.monitors import Monitors, text_figures
 from distill.preparing import PreparedStep, StepMaker
@@ -43,7 +44,7 @@ from distill.seeds import mix
 from distill.sorted_samples import SortedSamples, schedule_figures
 from distill.stopping import ToldToStop, told
 from distill.teachers.open import open_teachers
-from distill.teachers.signals import FullLogits
+from distill.teachers.routing import losses_by_teacher
 from distill.token_counts import TokenCounts
 from distill.totals import StepTotals
 from ncclx_py.elastic import Dropped, EpochChanged, RunFinished
@@ -58,7 +59,8 @@ class Trainer:
         self.config, self.parts, self.folder = config, parts, folder
         self.method = parts.method
         self.teachers = open_teachers(config, parts)
-        self.engine = TrainEngine(parts.student, config.engine, config.train)
+        self.path = choose_loss_path(config, parts.method, parts.student)
+        self.engine = TrainEngine(parts.student, config.engine, config.train, self.path)
         self.evaluator = Evaluator(config, parts.held_out, parts.tokenizer, in_training=True)
         self.checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep)
         self.monitors = Monitors(config.monitor)
@@ -67,6 +69,7 @@ class Trainer:
         train = config.train
         self.layout = Layout(train.micro_batch_size, self.engine.accumulation, train.pack, pad, device())
         self._next: PreparedStep | None = None  # its teacher has been asked already
+        self._lost: str | None = None  # what this rank knows of a teacher's rank that is gone
         self.done = 0  # optimizer steps taken
         self.stopped = False  # train.stop_at or train.token_budget was reached
         self.tokens = TokenCounts()
@@ -100,7 +103,7 @@ class Trainer:
         """Put everything back to where it was when the checkpoint was written."""
         state, frozen = checkpoints.load(self.engine, checkpoint)
         with all_or_nothing(CheckpointError):
-            self.teachers.copies.restore(frozen)
+            self.teachers.restore(frozen)
         self.restore(state)
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -144,7 +147,7 @@ class Trainer:
         return self.last_eval
 
     def _save(self) -> None:
-        self.checkpoints.save(self.engine, self.done, self.state(), self.teachers.copies.state())
+        self.checkpoints.save(self.engine, self.done, self.state(), self.teachers.state())
 
     def state(self) -> dict[str, Any]:
         """What the rest of the run depends on besides weights and optimizer; sample order and seeds follow from the step."""
@@ -167,9 +170,12 @@ class Trainer:
                 figures, facts, samples = self._attempt()
                 break
             except (EpochChanged, Dropped):  # a replica came or went: the same samples again, by those who are there
-                self.engine.discard()
-                self.teachers.cancel()
-                self.tokens = TokenCounts(**before)
+                self._forget_attempt(before)
+            except TeacherRankLost:
+                self._forget_attempt(before)
+                if not self.teachers.recover():
+                    self.replicas.save(self._save)  # the weights are those of the last step that was taken
+                    raise
         self.engine.step()
         self._check_gradient(samples)
         self.done += 1
@@ -183,18 +189,27 @@ class Trainer:
         }
         return figures, self.monitors.after_step(figures, facts)
 
+    def _forget_attempt(self, tokens: dict[str, float]) -> None:
+        """Back to before the step: no gradient, nothing asked of the teacher, ``tokens`` as they were counted."""
+        self.engine.discard()
+        self.teachers.cancel()
+        self._next = self._lost = None
+        self.tokens = TokenCounts(**tokens)
+
     def _attempt(self) -> tuple[dict[str, float], BatchFacts, range]:
         """Everything of a step but the step: when this returns, all replicas hold the same gradient and will apply it."""
         ncclx_py.mark_step(self.done + 1)
         torch.manual_seed(mix(self.config.seed, DROPOUT, self.done, self.replicas.place) % (1 << 63))
         self.teachers.copies.renew(self.engine, self.done)
         step = self._prepared()
-        totals = StepTotals()
+        totals = StepTotals([] if self.source.route is None else list(self.source.route.weights))
         for number, batch in enumerate(step.batches, 1):
             self.engine.announce(last=number == len(step.batches))
             self._accumulate(batch, step, totals)
             if number < len(step.batches):
                 self.engine.step()
+        if self.teachers.may_be_lost:
+            raise_first(TeacherRankLost, gathered(self._lost))
         figures = self._agree(totals, step)
         self.replicas.commit(self)
         figures |= text_figures(step.facts) | schedule_figures(self.config, step.facts, step.slot_times)
@@ -216,7 +231,8 @@ class Trainer:
         self.teachers.copies.renew(self.engine, self.done)
         self.engine.announce(last=True)
         nothing = micro_batches(replace(self.layout, count=1), [], [], [], None)[0]
-        self.engine.backward(self.engine.forward(nothing.student).sum() * 0.0)
+        losses = self.engine.token_losses(nothing.student, lambda student: TokenLosses(student.logits().sum(-1)))
+        self.engine.backward(losses.loss.sum() * 0.0)
         for ours, theirs in zip(self.engine.gradients(), gradients, strict=True):
             ours.copy_(theirs)
         self.engine.step()
@@ -224,31 +240,47 @@ class Trainer:
 
     def _accumulate(self, batch: MicroBatch, step: PreparedStep, totals: StepTotals) -> None:
         """Forward and backward of one micro-batch; adds to ``totals``."""
-        student_logits = self.engine.forward(batch.student)
-        teacher, reference = self.teachers.take(batch)
-        targets = Targets(
-            FullLogits(student_logits),
-            teacher,
-            batch.student.target_ids,
-            reference=reference,
-            sequence_index=batch.student.sequence_index,
-            advantages=batch.advantages,
-            behaviour_logprobs=batch.student.behaviour_logprobs,
-            draws=batch.draws,
-            progress=step.facts.progress,
-        )
-        losses = self.method.token_losses(targets)
+
+        def score(student: StudentSignal) -> TokenLosses:
+            try:
+                teacher, reference = self.teachers.take(batch)
+            except TeacherRankLost as error:  # other students may not know yet: go on as they do, to where all agree
+                self._lost = str(error)
+                return TokenLosses(student.logits().sum(-1) * 0.0)
+            targets = Targets(
+                student,
+                teacher,
+                batch.student.target_ids,
+                reference=reference,
+                sequence_index=batch.student.sequence_index,
+                advantages=batch.advantages,
+                behaviour_logprobs=batch.student.behaviour_logprobs,
+                draws=batch.draws,
+                progress=step.facts.progress,
+                scales=batch.scales,
+            )
+            return losses_by_teacher(self.method, targets)
+
+        losses = self.engine.token_losses(batch.student, score)
+        if self._lost is not None:
+            self.engine.backward(losses.loss.sum() * 0.0)
+            return
         totals.add(losses, batch.scales, batch.student)
         loss = (losses.loss * batch.scales).sum()
         # No targets at all: still a backward pass, because ZeRO reduces gradients inside it on every rank.
-        self.engine.backward(loss / step.denominator if batch.tokens else student_logits.sum() * 0.0)
+        self.engine.backward(loss / step.denominator if batch.tokens else losses.loss.sum() * 0.0)
 
     def _agree(self, totals: StepTotals, step: PreparedStep) -> dict[str, float]:
         """Global figures of the step. Raises NonFiniteLossError on every rank, before any weight moves."""
         made, samples = step.made, step.samples
         counts = [made.skipped, made.rollouts, made.generated_tokens, made.finished, made.correct, totals.tokens]
         spent = [made.student_tokens, made.teacher_tokens, made.teacher_read]
-        sums = self.replicas.total([*map(float, counts), *spent, *totals.values()])
+        said = self.teachers.figures()
+        asked = len(said)
+        sums = self.replicas.total([*map(float, counts), *spent, *said.values(), *totals.values()])
+        first = len(counts) + len(spent)
+        said = self.teachers.ratios(dict(zip(said, sums[first : first + asked], strict=True)))
+        del sums[first : first + asked]
         skipped, rollouts, generated, finished, correct, tokens, by_student, by_teacher, read, loss, bad, *stats = sums
         if bad:
             self._stop_for(totals)
@@ -262,8 +294,10 @@ class Trainer:
             "data/skipped": skipped,
             "perf/sample_s": made.seconds,
             **self.tokens.figures(),
-            **self.teachers.figures(),
+            **said,
+            **totals.teacher_figures(stats),
         }
+        stats = stats[2 * len(totals.teachers) :]
         figures |= {f"monitor/{name}": value / per_token for name, value in zip(totals.names, stats, strict=True)}
         if by_student or by_teacher:
             figures |= {"rollout/student_tokens": by_student, "rollout/teacher_tokens": by_teacher}

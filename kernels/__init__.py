@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .kinds import KINDS as KINDS
     from .kinds import DivergenceOutput as DivergenceOutput
     from .linear import linear_divergence as linear_divergence
+    from .linear_tokens import LinearLogits as LinearLogits
     from .oracle import divergence_oracle as divergence_oracle
     from .sparse import sampled_reverse_kl as sampled_reverse_kl
     from .sparse import sparse_divergence as sparse_divergence
@@ -32,6 +33,7 @@ __version__ = "0.0.0"  # transformers reads it where this folder shadows the PyP
 _HOME = {
     "DivergenceOutput": "kinds",
     "KINDS": "kinds",
+    "LinearLogits": "linear_tokens",
     "divergence": "dense",
     "divergence_oracle": "oracle",
     "linear_divergence": "linear",
@@ -45,6 +47,7 @@ _HOME = {
 __all__ = [
     "KINDS",
     "DivergenceOutput",
+    "LinearLogits",
     "divergence",
     "divergence_oracle",
     "linear_divergence",

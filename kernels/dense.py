@@ -1,6 +1,7 @@
 """`divergence`: per-token divergence of two models from their logits, with its gradient and monitoring figures."""
 
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,7 +91,7 @@ def divergence(
     return DivergenceOutput(loss, {name: rows[i].reshape(lead) for i, name in enumerate(names)}, chosen)
 
 
-def choose_path(path: str, *tensors: Tensor) -> str:
+def choose_path(path: str, *tensors: Any) -> str:
     """ "triton" or "torch" for these inputs.
 
     Raises:
@@ -134,7 +135,7 @@ def clip_vocabulary(logits: Tensor, vocab_size: int | None) -> Tensor:
     return logits[..., :vocab_size]
 
 
-def check_tokens(token_ids: Tensor, lead: torch.Size, like: Tensor) -> Tensor:
+def check_tokens(token_ids: Tensor, lead: torch.Size, like: Any) -> Tensor:
     """int64 token ids of the leading shape, on the device of the logits."""
     _check_shape("token_ids", token_ids, lead)
     if token_ids.is_floating_point() or token_ids.dtype == torch.bool:
@@ -142,7 +143,7 @@ def check_tokens(token_ids: Tensor, lead: torch.Size, like: Tensor) -> Tensor:
     return token_ids.to(device=like.device, dtype=torch.int64)
 
 
-def check_weights(weights: Tensor, lead: torch.Size, like: Tensor) -> Tensor:
+def check_weights(weights: Tensor, lead: torch.Size, like: Any) -> Tensor:
     """Weights of the leading shape in the dtype of the loss, on the device of the logits; keeps their graph."""
     _check_shape("weights", weights, lead)
     return weights.to(device=like.device, dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)

@@ -7,7 +7,8 @@ stay under a byte budget. Two ways to the gradient (FLOPs for equal hidden sizes
                            upstream gradient; the least memory.
     "forward"     8·N·H·V  forms the gradient of the weighted loss during the forward pass, while the logits exist, and
                            only scales it later: the upstream gradient must be one number for all tokens (a sum or a
-                           mean of the losses: put per-token factors into `weights`). Checked, not assumed.
+                           mean of the losses: put per-token factors into `weights`), or a multiple of `upstream`, the
+                           factors by which the caller will multiply the losses. Checked, not assumed.
 
 Heads of ZeRO-3 or FSDP must be gathered where this is called, in the backward pass too for "recompute": call it inside
 the forward of a module that owns the head, as the trainer does.
@@ -51,6 +52,7 @@ def linear_divergence(
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
     gradient: str = "recompute",
+    upstream: Tensor | None = None,
     budget_bytes: int | None = None,
     beta: float = 0.5,
     alpha: float | None = None,
@@ -71,6 +73,8 @@ def linear_divergence(
             both are cast to the autocast dtype). They may be the same tensor; a head that needs no gradient costs none.
         student_bias, teacher_bias: `[V_s]`, `[V_t]` or None.
         gradient: "recompute" or "forward" (see the module).
+        upstream: leading shape, for gradient="forward" without `weights`: the gradient that the losses will receive, up to
+            one factor. It changes no loss and skips no token.
         budget_bytes: bytes of fp32 logits alive at a time, both models together; default 2 GiB on CUDA, 256 MiB on CPU.
         others: as in `divergence`.
 
@@ -79,7 +83,7 @@ def linear_divergence(
 
     Raises:
         ValueError, TypeError: as `divergence`; and in the backward pass of gradient="forward" for an upstream gradient
-            that is not the same for all tokens.
+            that is not the same for all tokens, nor a multiple of `upstream`.
     """
     if gradient not in GRADIENTS:
         raise ValueError(f"unknown gradient mode {gradient!r}; choose one of {', '.join(GRADIENTS)}")
@@ -100,6 +104,9 @@ def linear_divergence(
     scaled = None if weights is None else check_weights(weights, lead, student_hidden)
     if gradient == "forward" and scaled is not None and scaled.requires_grad:
         raise ValueError("gradient='forward' cannot differentiate in the weights; use gradient='recompute'")
+    if upstream is not None and (gradient != "forward" or scaled is not None):
+        raise ValueError("upstream= is for gradient='forward' without weights=")
+    factors = None if upstream is None else check_weights(upstream, lead, student_hidden).detach().reshape(-1)
     names = stat_names(top_k, tokens is not None) if stats else ()
     budget = default_budget(student_hidden.device) if budget_bytes is None else budget_bytes
     loss, rows, *_ = linear_divergence_op(
@@ -110,6 +117,7 @@ def linear_divergence(
         heads.teacher_head.detach(),
         None if heads.teacher_bias is None else heads.teacher_bias.detach(),
         None if scaled is None else scaled.detach().reshape(-1),
+        factors,
         tokens,
         spec.kind,
         spec.numbers(),
@@ -175,6 +183,16 @@ def _prepare(
     _check_dtypes("student", heads.student_hidden, heads.student_head)
     _check_dtypes("teacher", heads.teacher_hidden, heads.teacher_head)
     return heads
+
+
+def checked_head(side: str, hidden: Tensor, head: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """One model's operands `[N, H]`, `[V, H]`, `[V]`, in the autocast dtype where that is on. Raises as `linear_divergence`."""
+    _check_side(side, hidden, head, bias, hidden.device)
+    rows, dtype = hidden.reshape(-1, hidden.shape[-1]), _autocast_dtype(hidden.device)
+    if dtype is not None:
+        rows, head, bias = rows.to(dtype), head.to(dtype), None if bias is None else bias.to(dtype)
+    _check_dtypes(side, rows, head)
+    return rows, head, bias
 
 
 def _check_side(side: str, hidden: Tensor, head: Tensor, bias: Tensor | None, device: torch.device) -> None:

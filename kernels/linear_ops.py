@@ -19,7 +19,7 @@ from .ops import backend
 
 
 @dataclass(slots=True)
-class _Gradients:
+class Gradients:
     """fp32 (fp64) sums over chunks; a field that is not wanted stays None."""
 
     hidden: Tensor | None
@@ -27,9 +27,9 @@ class _Gradients:
     bias: Tensor | None
 
     @staticmethod
-    def zeros(wanted: Sequence[bool], hidden: Tensor, head: Tensor, dtype: torch.dtype) -> "_Gradients":
+    def zeros(wanted: Sequence[bool], hidden: Tensor, head: Tensor, dtype: torch.dtype) -> "Gradients":
         shapes = (hidden.shape, head.shape, head.shape[:1])
-        return _Gradients(
+        return Gradients(
             *(hidden.new_zeros(s, dtype=dtype) if w else None for w, s in zip(wanted, shapes, strict=True))
         )
 
@@ -55,6 +55,7 @@ def linear_divergence_op(
     teacher_head: Tensor,
     teacher_bias: Tensor | None,
     weights: Tensor | None,
+    upstream: Tensor | None,
     tokens: Tensor | None,
     kind: str,
     numbers: Sequence[float],
@@ -64,23 +65,24 @@ def linear_divergence_op(
     budget: int,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Hidden states `[N, H]`, heads `[V, H]`, weights and tokens `[N]`; see the module for the results."""
+    """Hidden states `[N, H]`, heads `[V, H]`, weights, upstream and tokens `[N]`; see the module for the results."""
     spec = Spec.from_numbers(kind, list(numbers))
     dtype = torch_path.accumulation_dtype(student_hidden, teacher_hidden)
     count = student_hidden.shape[0]
     loss = student_hidden.new_zeros(count, dtype=dtype)
     saved = student_hidden.new_zeros(count, torch_path.SAVED, dtype=dtype)
     stats = student_hidden.new_zeros(n_stats, count, dtype=torch.float32)
-    grads = _Gradients.zeros(wanted, student_hidden, student_head, dtype)
-    for rows in _chunks(student_hidden, student_head, weights, budget, dtype):
+    grads = Gradients.zeros(wanted, student_hidden, student_head, dtype)
+    scales = weights if upstream is None else upstream
+    for rows in chunks(student_hidden, student_head, weights, budget, dtype):
         s = gemm.logits(student_hidden[rows], student_head, student_bias, dtype).unsqueeze(0)
         t = gemm.logits(teacher_hidden[rows], teacher_head, teacher_bias, dtype).unsqueeze(0)
         ids = None if tokens is None else tokens[rows]
         row_loss, row_saved, row_stats = backend(path).forward(s, t, None, ids, spec, top_k, n_stats)
         loss[rows], saved[rows], stats[:, rows] = row_loss, row_saved, row_stats
         if any(wanted):
-            upstream = torch.ones_like(row_loss) if weights is None else weights[rows].to(dtype)
-            backend(path).backward(upstream, s, t, row_saved, None, spec, s)
+            factors = torch.ones_like(row_loss) if scales is None else scales[rows].to(dtype)
+            backend(path).backward(factors, s, t, row_saved, None, spec, s)
             grads.add(rows, s[0], student_hidden[rows], student_head)
         del s, t  # before the next chunk's are made
     if any(wanted) and weights is not None:
@@ -98,6 +100,7 @@ def _(
     teacher_head: Tensor,
     teacher_bias: Any,
     weights: Any,
+    upstream: Any,
     tokens: Any,
     kind: str,
     numbers: Any,
@@ -112,7 +115,7 @@ def _(
     loss = student_hidden.new_empty(count, dtype=dtype)
     stats = student_hidden.new_empty(n_stats, count, dtype=torch.float32)
     saved = student_hidden.new_empty(count, torch_path.SAVED, dtype=dtype)
-    return (loss, stats, saved, *_Gradients.zeros(wanted, student_hidden, student_head, dtype).tensors(loss))
+    return (loss, stats, saved, *Gradients.zeros(wanted, student_hidden, student_head, dtype).tensors(loss))
 
 
 @torch.library.custom_op("distill::linear_divergence_backward", mutates_args=())
@@ -135,8 +138,8 @@ def linear_divergence_backward_op(
     """(∂hidden, ∂head, ∂bias) for the upstream gradient `[N]`, from recomputed logits; empty where not wanted."""
     spec = Spec.from_numbers(kind, list(numbers))
     dtype = saved.dtype
-    grads = _Gradients.zeros(wanted, student_hidden, student_head, dtype)
-    for rows in _chunks(student_hidden, student_head, weights, budget, dtype):
+    grads = Gradients.zeros(wanted, student_hidden, student_head, dtype)
+    for rows in chunks(student_hidden, student_head, weights, budget, dtype):
         s = gemm.logits(student_hidden[rows], student_head, student_bias, dtype).unsqueeze(0)
         t = gemm.logits(teacher_hidden[rows], teacher_head, teacher_bias, dtype).unsqueeze(0)
         backend(path).backward(grad_loss[rows], s, t, saved[rows], None, spec, s)
@@ -163,25 +166,25 @@ def _(
     budget: int,
     wanted: Sequence[bool],
 ) -> Any:
-    return tuple(_Gradients.zeros(wanted, student_hidden, student_head, student_hidden.dtype).tensors(student_hidden))
+    return tuple(Gradients.zeros(wanted, student_hidden, student_head, student_hidden.dtype).tensors(student_hidden))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *operands, weights, _, ctx.kind, ctx.numbers, _, _, ctx.path, ctx.budget, ctx.wanted = inputs
+    *operands, weights, upstream, _, ctx.kind, ctx.numbers, _, _, ctx.path, ctx.budget, ctx.wanted = inputs
     ctx.count = len(operands)
     if any(ctx.wanted):
         ctx.dtypes = [operands[0].dtype, operands[1].dtype, operands[1].dtype]
-        ctx.save_for_backward(*output[3:])
+        ctx.save_for_backward(*output[3:], upstream)
     else:
         ctx.save_for_backward(*operands, weights, output[2])
 
 
 def _differentiate(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
     if any(ctx.wanted):
-        factor = _uniform(grad_loss)
+        *formed, upstream = ctx.saved_tensors
+        factor = _common_factor(grad_loss, upstream)
         grads = [
-            _scaled(x, factor, dtype) if w else None
-            for x, dtype, w in zip(ctx.saved_tensors, ctx.dtypes, ctx.wanted, strict=True)
+            _scaled(x, factor, dtype) if w else None for x, dtype, w in zip(formed, ctx.dtypes, ctx.wanted, strict=True)
         ]
     else:
         *operands, weights, saved = ctx.saved_tensors
@@ -190,27 +193,34 @@ def _differentiate(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
             grad_loss, *operands, weights, saved, ctx.kind, ctx.numbers, ctx.path, ctx.budget, wanted
         )
         grads = [x if w else None for x, w in zip(formed, wanted, strict=True)]
-    return (*grads, *[None] * 12)
+    return (*grads, *[None] * 13)
 
 
 linear_divergence_op.register_autograd(_differentiate, setup_context=_save)
 
 
-def _uniform(grad_loss: Tensor) -> Tensor:
-    """The one upstream number; several raise (on CUDA by an assertion on the device, without a synchronisation)."""
+def _common_factor(grad_loss: Tensor, upstream: Tensor | None) -> Tensor:
+    """c of grad_loss = c·upstream (None: ones); raises where there is none (on CUDA by an assertion on the device)."""
     if grad_loss.numel() == 0:
         return grad_loss.new_zeros(())
     message = (
-        "gradient='forward' needs one upstream gradient for all tokens (a sum or mean of the losses); put per-token"
-        " factors into weights=, or use gradient='recompute'"
+        "gradient='forward' needs one upstream gradient for all tokens (a sum or mean of the losses), or a multiple of"
+        " upstream=; put other per-token factors into weights=, or use gradient='recompute'"
     )
-    same = (grad_loss == grad_loss[0]).all()
+    if upstream is None:
+        factor, same = grad_loss[0], (grad_loss == grad_loss[0]).all()
+    else:
+        largest = upstream.abs().argmax()
+        factor = torch.where(upstream[largest] == 0, 0.0, grad_loss[largest] / upstream[largest])
+        expected = factor * upstream
+        # Each side has been rounded a few times on its way.
+        same = ((grad_loss - expected).abs() <= 8 * torch.finfo(expected.dtype).eps * expected.abs()).all()
     if same.device.type == "cpu":
         if not torch.compiler.is_compiling() and not bool(same):
             raise ValueError(message)
     else:
         torch._assert_async(same, message)
-    return grad_loss[0]
+    return factor
 
 
 def _scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -225,7 +235,7 @@ def _scaled_in_parts(x: Tensor, factor: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def _chunks(
+def chunks(
     hidden: Tensor, head: Tensor, weights: Tensor | None, budget: int, dtype: torch.dtype
 ) -> Iterator[slice | Tensor]:
     """Token numbers per chunk: as many as `budget` bytes of both models' logits allow, tokens of weight 0 left out."""

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from .dense import check_tokens, check_weights, choose_path, divergence
 from .kinds import DivergenceOutput
+from .linear_tokens import LinearLogits
 from .tokens import token_logprobs
 
 TAILS = ("bucket", "renormalise")
 
 
 def sparse_divergence(
-    student_logits: Tensor,
+    student_logits: Tensor | LinearLogits,
     teacher_ids: Tensor,
     teacher_logprobs: Tensor,
     kind: str = "forward_kl",
@@ -38,8 +39,9 @@ def sparse_divergence(
     """Divergence from a teacher given by its K most probable ids; differentiable in the student's logits.
 
     Args:
-        student_logits: `[..., V]`, as in `divergence`.
-        teacher_ids: `[..., K]` integers, distinct within a token; negative ids are padding.
+        student_logits: `[..., V]`, as in `divergence`, or `LinearLogits`.
+        teacher_ids: `[..., K]` integers, distinct within a token; negative ids are padding, and ids that the student does
+            not have count as left over.
         teacher_logprobs: `[..., K]` natural log-probabilities under the full vocabulary, at the same temperature as
             the student is compared at (they cannot be tempered here: the tail is unknown).
         tail: "bucket" adds one outcome with the mass left over on both sides; "renormalise" restricts both to the ids.
@@ -57,6 +59,7 @@ def sparse_divergence(
             f"must both be {tuple(lead)} + (K,)"
         )
     ids = check_tokens(teacher_ids, teacher_ids.shape, student_logits)
+    ids = ids.masked_fill(ids >= student_logits.shape[-1], -1)  # of a padded teacher: left over, not infinitely far
     valid = None if weights is None else check_weights(weights, lead, student_logits).detach() != 0
     logq, rest = token_logprobs(
         student_logits,
@@ -78,7 +81,7 @@ def sparse_divergence(
 
 
 def sampled_reverse_kl(
-    student_logits: Tensor,
+    student_logits: Tensor | LinearLogits,
     token_ids: Tensor,
     teacher_logprobs: Tensor,
     temperature: float = 1.0,
@@ -96,7 +99,7 @@ def sampled_reverse_kl(
     policy b the importance ratio w = q(y)/b(y), held constant and cut off at `max_ratio`, corrects both.
 
     Args:
-        student_logits: `[..., V]`, as in `divergence`.
+        student_logits: `[..., V]`, as in `divergence`, or `LinearLogits`.
         token_ids: leading shape; the sampled ids; negative ids are skipped.
         teacher_logprobs: leading shape; log p of the sampled ids, at the same temperature.
         behaviour_logprobs: leading shape; log b of the sampled ids; None for on-policy samples (w = 1).

@@ -22,7 +22,7 @@ def token_logprobs_op(
     student: Tensor, ids: Tensor, valid: Tensor | None, numbers: Sequence[float], tail: bool, n_stats: int, path: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(values `[N, K + tail]`, saved `[N, 2]`, stats `[n_stats, N]`) of logits `[B, T, V]` at ids `[N, K]`."""
-    return _backend(path).token_forward(
+    return token_backend(path).token_forward(
         student, ids, valid, Spec.from_numbers("forward_kl", list(numbers)), tail, n_stats
     )
 
@@ -52,7 +52,7 @@ def token_logprobs_backward_op(
 ) -> Tensor:
     """q·A + scatter(B): `dense` A `[N]`, `sparse` B `[N, K]`; result in the shape and dtype of the logits."""
     spec = Spec.from_numbers("forward_kl", list(numbers))
-    return _backend(path).token_backward(dense, sparse, student, ids, values, saved, valid, spec)
+    return token_backend(path).token_backward(dense, sparse, student, ids, values, saved, valid, spec)
 
 
 @token_logprobs_backward_op.register_fake
@@ -77,16 +77,22 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 def _differentiate(ctx: Any, grad_values: Tensor, *_: Any) -> tuple[Any, ...]:
     student, ids, valid, values, saved = ctx.saved_tensors
+    dense, sparse = coefficients(grad_values, ids, values, ctx.tail)
+    grad = token_logprobs_backward_op(dense, sparse, student, ids, values, saved, valid, ctx.numbers, ctx.path)
+    return grad, *[None] * 6
+
+
+def coefficients(grad_values: Tensor, ids: Tensor, values: Tensor, tail: bool) -> tuple[Tensor, Tensor]:
+    """(A `[N]`, B `[N, K]`) of the gradient q·A + scatter(B), from the upstream gradient of `values` `[N, K + tail]`."""
     k = ids.shape[1]
     sparse = grad_values[:, :k].masked_fill(ids < 0, 0.0)
     dense = -sparse.sum(-1)
-    if ctx.tail:
+    if tail:
         log_tail, grad_tail = values[:, k:], grad_values[:, k:]
         per_tail = torch.where(log_tail > -torch.inf, grad_tail * (-log_tail).exp(), 0.0)
         dense = dense + (per_tail - grad_tail).squeeze(-1)
         sparse = sparse - (values[:, :k].exp() * per_tail).masked_fill(ids < 0, 0.0)
-    grad = token_logprobs_backward_op(dense, sparse, student, ids, values, saved, valid, ctx.numbers, ctx.path)
-    return grad, *[None] * 6
+    return dense, sparse
 
 
 token_logprobs_op.register_autograd(_differentiate, setup_context=_save)
@@ -153,7 +159,7 @@ def _without(logq: Tensor, ids: Tensor) -> Tensor:
     return logq.masked_fill(removed, -torch.inf)
 
 
-def _backend(path: str) -> Any:
+def token_backend(path: str) -> Any:
     """A module with `token_forward` and `token_backward`."""
     if path == "triton":
         from . import triton_tokens

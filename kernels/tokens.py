@@ -10,13 +10,15 @@ from torch import Tensor
 
 from .dense import as_rows, check_tokens, check_weights, choose_path
 from .kinds import DivergenceOutput, Spec, make_spec
+from .linear import checked_head, default_budget
+from .linear_tokens import LinearLogits, linear_token_logprobs_op
 from .token_ops import N_STATS, token_logprobs_op
 
 NLL_STATS = ("student_entropy", "student_max_prob", "top1_agreement", "student_logprob")
 
 
 def token_nll(
-    student_logits: Tensor,
+    student_logits: Tensor | LinearLogits,
     token_ids: Tensor,
     weights: Tensor | None = None,
     temperature: float = 1.0,
@@ -29,7 +31,7 @@ def token_nll(
     """−log q[id] for every token (cross-entropy with hard targets), unreduced; differentiable in the logits.
 
     Args:
-        student_logits: `[..., V]`; dtypes, scale, softcap, temperature as in `divergence`.
+        student_logits: `[..., V]`, or `LinearLogits`; dtypes, scale, softcap, temperature as in `divergence`.
         token_ids: leading shape, integers; tokens with a negative id (−100) are skipped like those of weight 0.
         weights: leading shape; multiplies the loss; tokens of weight 0 are skipped.
         stats: adds `NLL_STATS`: `top1_agreement` is 1 where no id is more probable than the given one.
@@ -55,7 +57,7 @@ def token_nll(
 
 
 def token_logprobs(
-    student_logits: Tensor,
+    student_logits: Tensor | LinearLogits,
     token_ids: Tensor,
     temperature: float = 1.0,
     path: str = "auto",
@@ -68,7 +70,7 @@ def token_logprobs(
     """log q at K distinct ids per token, and the log of the probability left over; differentiable in the logits.
 
     Args:
-        student_logits: `[..., V]`; dtypes, scale, softcap, temperature as in `divergence`.
+        student_logits: `[..., V]`, or `LinearLogits`; dtypes, scale, softcap, temperature as in `divergence`.
         token_ids: `[..., K]` integers, distinct within a token; negative ids are padding: value 0, gradient 0.
         valid: bool, leading shape; False skips the token (values and gradient 0).
         tail: also return log Σ q over all other ids (−inf where there is none).
@@ -88,14 +90,24 @@ def token_logprobs(
 
 
 def _call(
-    logits: Tensor, ids: Tensor, valid: Tensor | None, spec: Spec, path: str, n_stats: int, tail: bool
+    logits: Tensor | LinearLogits,
+    ids: Tensor,
+    valid: Tensor | None,
+    spec: Spec,
+    path: str,
+    n_stats: int,
+    tail: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor, str]:
     """(log q `[..., K]`, tail `[...]` or None, statistics, path)."""
     chosen = choose_path(path, logits)
     lead, k = logits.shape[:-1], ids.shape[-1]
     mask = None if valid is None else valid.reshape(-1)
-    values, _, rows = token_logprobs_op(
-        as_rows(logits), ids.reshape(-1, k), mask, spec.numbers(), tail, n_stats, chosen
-    )
+    common = (ids.reshape(-1, k), mask, spec.numbers(), tail, n_stats, chosen)
+    if isinstance(logits, LinearLogits):
+        budget = default_budget(logits.device) if logits.budget_bytes is None else logits.budget_bytes
+        operands = checked_head("student", logits.hidden, logits.head, logits.bias)
+        values, _, rows = linear_token_logprobs_op(*operands, *common, budget)
+    else:
+        values, _, rows = token_logprobs_op(as_rows(logits), *common)
     rest = values[:, k].reshape(lead) if tail else None
     return values[:, :k].reshape(*lead, k), rest, rows.detach(), chosen

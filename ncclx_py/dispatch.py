@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ncclx_py.plans.topology import Topology
+from ncclx_py.small_messages import gather_json
 from ncclx_py.transport.identity import host_id
 
 
@@ -268,7 +269,6 @@ def _starts(lengths: Sequence[int], device: torch.device) -> Tensor:
 
 def _topology_of(group: dist.ProcessGroup | None) -> Topology:
     """Ranks with the same host identity are on one host."""
-    names: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(names, host_id(os.environ), group=group)
+    names = gather_json(host_id(os.environ), group)
     seen = list(dict.fromkeys(names))
     return Topology(tuple(seen.index(name) for name in names))

@@ -16,7 +16,8 @@ One check:
     def test_sums() -> None:
         assert run_ranks(sums, 3, 10, deadline=60) == [33.0] * 3      # one result per rank
 
-Many checks (starting Python and torch costs seconds): keep the processes in a fixture of module scope.
+Many checks: keep the processes in a fixture of module scope. They are forked from one that has imported torch and ncclx_py,
+and what `preload` names (tests/nursery.py).
 
     @pytest.fixture(scope="module")
     def pool() -> Iterator[RankPool]:
@@ -34,24 +35,22 @@ A test that kills a rank on purpose says so: ``pool.run(worker, dying={1})`` ret
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import faulthandler
-import importlib.util
 import os
 import pickle
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
-from types import ModuleType
 from typing import Any
+
+from nursery import Forked, load, nursery_for
 
 GRACE = 3.0  # seconds that the other ranks get to report, once one has failed
 OUTPUT_LINES = 60  # of each failing rank, in a report
@@ -102,17 +101,20 @@ class RankFailure(AssertionError):
 
 @dataclass
 class _Child:
-    process: subprocess.Popen[bytes]
+    process: Forked
     pipe: Connection
     output: Path
 
 
 class RankPool:
-    """`size` processes that run workers together. Use it as a context manager."""
+    """`size` processes that run workers together. Use it as a context manager.
 
-    def __init__(self, size: int, env: dict[str, str] | None = None) -> None:
+    `env` is added to their environment, before anything is imported; `preload` are modules that are slow to import.
+    """
+
+    def __init__(self, size: int, env: dict[str, str] | None = None, preload: Sequence[str] = ()) -> None:
         self.size = size
-        self._env = env or {}
+        self._env, self._preload = env or {}, ("pytest", "ncclx_py", *preload)
         self._children: list[_Child] = []
         self._folder: Path | None = None
 
@@ -148,9 +150,10 @@ class RankPool:
         """Ends all processes and removes their files."""
         for child in self._children:
             child.pipe.close()  # end of file: an idle child leaves by itself
+        until = time.monotonic() + 1.0
         for child in self._children:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                child.process.wait(timeout=0.0 if child.process.poll() is not None else 1.0)
+                child.process.wait(max(until - time.monotonic(), 0.0))
             _kill(child.process)
         self._children = []
         if self._folder is not None:
@@ -159,29 +162,12 @@ class RankPool:
 
     def _start(self) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="ranks-"))
+        nursery = nursery_for(self._preload, self._env)
         for rank in range(self.size):
             mine, theirs = Pipe()
             output = self._folder / f"output-{rank}.txt"
-            command = [
-                sys.executable,
-                "-P",
-                __file__,
-                str(rank),
-                str(self.size),
-                str(theirs.fileno()),
-                str(self._folder),
-            ]
-            env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **self._env}
-            with output.open("wb") as sink:
-                process = subprocess.Popen(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=sink,
-                    stderr=subprocess.STDOUT,
-                    pass_fds=[theirs.fileno()],
-                    start_new_session=True,
-                    env=env,
-                )
+            arguments = [rank, self.size, str(self._folder)]
+            process = nursery.start(__file__, "be_rank", arguments, output, [theirs.fileno()])
             theirs.close()
             self._children.append(_Child(process, mine, output))
 
@@ -232,19 +218,7 @@ def run_ranks(
         return pool.run(worker, *args, deadline=deadline, dying=dying)
 
 
-def load(path: str | Path, name: str | None = None) -> ModuleType:
-    """The module in a file, imported once per process."""
-    name = name or f"rank_worker_{Path(path).stem}"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return sys.modules[name]
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
+def _kill(process: Forked) -> None:
     """Ends a child and all that it started."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
@@ -266,18 +240,10 @@ def _serve(rank: int, size: int, pipe: Connection, folder: Path) -> None:
         pipe.send(answer)
 
 
-def _main() -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no child outlives the test run
+def be_rank(rank: int, size: int, folder: str, descriptor: int) -> int:
+    """A rank of a pool, in a process of its own. Returns its exit status."""
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1)
-    rank, size, descriptor, folder = sys.argv[1:]
-    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)
-    sys.modules["harness"] = sys.modules["__main__"]
-    _serve(int(rank), int(size), Connection(int(descriptor)), Path(folder))
-    sys.stdout.flush()
-    os._exit(0)  # an idle group left open by a worker must not delay the end
-
-
-if __name__ == "__main__":
-    _main()
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size))
+    _serve(rank, size, Connection(descriptor), Path(folder))
+    return 0

@@ -14,15 +14,15 @@ from distill.cli import run_command
 from distill.compare.config import Comparison, load_comparison
 from distill.compare.pictures import CURVES, LENGTHS, draw
 from distill.compare.plan import jobs_of
-from distill.compare.report import CSV, REPORT, RUNS, TABLE, report, table, write_files
-from distill.compare.results import rows_of
+from distill.compare.report import CSV, REPORT, RUNS, TABLE, baseline_rows, report, table, write_files
+from distill.compare.results import RunRow, rows_of
 from distill.compare.schedule import NOT_RUN, Schedule
 from distill.compare.state import admit
 from distill.errors import CheckpointError, ConfigError
 from distill.progress import console
 from distill.runs import claim
 
-WIDE = 250  # columns that a table may have, also where the output is no terminal
+WIDE = 400  # columns that a table may have, also where the output is no terminal
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,22 +54,22 @@ def compare(comparison: Comparison) -> dict[str, Any]:
         admit(jobs, settings.changed)
         failures = Schedule(jobs, settings.parallel, settings.run_timeout_s).run()
         rows = rows_of(jobs, failures)
-        document = report(comparison, rows)
+        document, baseline = report(comparison, rows), baseline_rows(comparison, rows)
         try:
-            write_files(folder, document, rows)
+            write_files(folder, document, rows, baseline)
             draw(folder, rows, settings.accuracy)
         except OSError as error:
             raise CheckpointError(
                 f"{folder} could not be written ({error.strerror}); free some space and run the same command again: all runs "
                 "are kept"
             ) from None
-    show(folder, document, rows)
+    show(folder, document, rows, baseline)
     return document
 
 
-def show(folder: Path, document: dict[str, Any], rows: Any) -> None:
+def show(folder: Path, document: dict[str, Any], rows: list[RunRow], baseline: list[RunRow]) -> None:
     """The table, what failed, and where things are, for a person."""
-    Console(stderr=True, highlight=False, soft_wrap=True, width=WIDE).print(table(rows))
+    Console(stderr=True, highlight=False, soft_wrap=True, width=WIDE).print(table(rows, baseline))
     failures = document["failed"]
     for failure in failures:
         if not failure["reason"].startswith(NOT_RUN):
@@ -80,7 +80,8 @@ def show(folder: Path, document: dict[str, Any], rows: Any) -> None:
     for note in document["notes"]:
         console.print(escape(f"note: {note}"))
     console.print(
-        "mean ± 95 % interval over seeds (Student t); greedy, exact, length: one greedy answer per problem; pass@k: sampled\n"
+        "mean ± 95 % interval over seeds (Student t); greedy, exact, length: one greedy answer per problem; pass@k: sampled; "
+        "Δ: to compare.baseline, seed by seed\n"
         f"tables: {folder}/{{{TABLE},{CSV},{RUNS}}}   figures: {folder}/{REPORT}   "
         f"pictures: {folder}/{{{CURVES},{LENGTHS}}}"
     )

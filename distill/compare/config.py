@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from distill.config import EvalSection, build, compose_config, in_range, nearest, one_of
 from distill.errors import ConfigError
 
-SECTIONS = ("compare", "stages", "common", "entries", "extra", "eval")
+SECTIONS = ("compare", "stages", "common", "entries", "extra", "task", "eval")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -46,6 +46,7 @@ class CompareSection:
     parallel: int = 1
     changed: str = "refuse"
     accuracy: str = "pass_at_1"
+    baseline: str | None = None
     run_timeout_s: float = 86400.0
 
     def __post_init__(self) -> None:
@@ -60,10 +61,17 @@ class CompareSection:
 
 @dataclass(kw_only=True)
 class Stage:
-    """A model that entries start from or learn from: trained once, or once per seed."""
+    """What entries start from or learn from, made once, or once per seed.
+
+    With ``command: train`` it is a model, with ``command: rollout`` the records that `distill rollout` writes.
+    """
 
     overrides: list[str] = field(default_factory=list)
     per_seed: bool = False
+    command: str = "train"
+
+    def __post_init__(self) -> None:
+        one_of("command", self.command, ("train", "rollout"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +83,7 @@ class Comparison:
     common: list[str]
     entries: dict[str, list[str]]
     extra: list[str]
+    task: list[str]
     eval: EvalSection
 
 
@@ -102,6 +111,8 @@ def load_comparison(overrides: Sequence[str]) -> Comparison:
     defined = {
         name: _overrides(value, f"entries.{name}") for name, value in _mapping(plain["entries"], "entries").items()
     }
+    if compare.baseline is not None and compare.baseline not in defined:
+        raise ConfigError(f"compare.baseline: no entry '{compare.baseline}'; {nearest(compare.baseline, defined)}")
     for name in (*stages, *defined):
         if not _NAME.fullmatch(name):
             raise ConfigError(
@@ -113,6 +124,7 @@ def load_comparison(overrides: Sequence[str]) -> Comparison:
         _overrides(plain["common"], "common"),
         _select(defined, compare.entries),
         _overrides(plain["extra"], "extra"),
+        _overrides(plain["task"], "task"),
         build(EvalSection, plain["eval"], "eval"),
     )
 

@@ -1,9 +1,10 @@
-"""From a comparison to its jobs: one training run with its final evaluation each, stages first.
+"""From a comparison to its jobs: one training run with its final evaluation each (or one set of records), stages first.
 
     DIR/stages/NAME[/seed_S]/        prerequisites that all entries share
     DIR/entries/NAME/seed_S/         a run of an entry: a run folder with job.json, job.log and outcome.json beside the usual files
 
-An override may hold ``{NAME}``, which becomes the folder of that stage's model (of the same seed), and makes the job wait for it.
+An override may hold ``{NAME}``, which becomes the folder of that stage's model or the file of its records (of the same seed), and
+makes the job wait for it.
 """
 
 from __future__ import annotations
@@ -13,29 +14,37 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distill.compare.config import Comparison
+from distill.compare.config import Comparison, Stage
 from distill.config import RunConfig, load_config
 from distill.engine import accumulation_steps
 from distill.errors import ConfigError
 from distill.methods import build_method
+from distill.records import RecordFolder
+from distill.rollout import RecordsSection, load_rollout_config
 from distill.runs import RunFolder
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One run. ``seed`` is None for a stage that all seeds share."""
+    """One run. ``seed`` is None for a stage that all seeds share; ``records``: what a stage that trains nothing writes."""
 
     name: str
     seed: int | None
     stage: bool
     config: RunConfig
     ranks: int
-    evaluation: dict[str, Any]  # the `eval` section of the final measurement
+    evaluation: dict[str, Any]  # of the final measurement; empty for records
     after: list[Job] = field(default_factory=list)  # stages that it uses
+    records: RecordsSection | None = None
 
     @property
     def folder(self) -> RunFolder:
         return RunFolder(self.config.run.dir)
+
+    @property
+    def product(self) -> Path:
+        """What ``{NAME}`` stands for."""
+        return self.folder.final if self.records is None else RecordFolder(self.folder.path).merged
 
     @property
     def title(self) -> str:
@@ -49,7 +58,7 @@ class Job:
 
     @property
     def steps(self) -> int:
-        return self.config.train.steps
+        return self.config.train.steps if self.records is None else 1
 
 
 def jobs_of(comparison: Comparison) -> list[Job]:
@@ -63,6 +72,7 @@ def jobs_of(comparison: Comparison) -> list[Job]:
 class _Planner:
     def __init__(self, comparison: Comparison) -> None:
         self.comparison = comparison
+        self._task = _checked(comparison.task, "task", 1).resolved["data"] if comparison.task else None
         self._stages: dict[tuple[str, int | None], Job] = {}
         self._open: list[str] = []  # stages that are being planned
 
@@ -71,14 +81,14 @@ class _Planner:
         tokens = "null" if budget.tokens is None else budget.tokens
         fixed = [f"train.steps={budget.steps}", f"train.token_budget={tokens}"]
         entries = [
-            self._job(name, seed, False, [*self.comparison.common, *overrides, *self.comparison.extra, *fixed])
+            self._job(name, seed, None, [*self.comparison.common, *overrides, *self.comparison.extra, *fixed])
             for seed in settings.seeds
             for name, overrides in self.comparison.entries.items()
         ]
         yield from self._stages.values()  # only those in use, each behind those it needs
         yield from entries
 
-    def _job(self, name: str, seed: int | None, stage: bool, overrides: list[str]) -> Job:
+    def _job(self, name: str, seed: int | None, stage: Stage | None, overrides: list[str]) -> Job:
         settings = self.comparison.compare
         where = f"{'stages' if stage else 'entries'}.{name}"
         used = [s for s in self.comparison.stages if any(f"{{{s}}}" in override for override in overrides)]
@@ -88,8 +98,18 @@ class _Planner:
         if seed is not None:
             folder /= f"seed_{seed}"
             written.append(f"seed={seed}")
-        config = _checked([*written, f"run.dir={folder}", "run.resume=auto"], where, settings.ranks)
-        return Job(name, seed, stage, config, settings.ranks, asdict(self.comparison.eval), list(after.values()))
+        written.append(f"run.dir={folder}")
+        needed = list(after.values())
+        if stage is not None and stage.command == "rollout":
+            config, records = _checked_records(written, where)
+            return Job(name, seed, True, config, settings.ranks, {}, needed, records)
+        config = _checked([*written, "run.resume=auto"], where, settings.ranks)
+        return Job(name, seed, stage is not None, config, settings.ranks, self._evaluation(config), needed)
+
+    def _evaluation(self, config: RunConfig) -> dict[str, Any]:
+        """The `eval` section, with ``data`` where the run is to be measured on other data than its own."""
+        other = {} if self._task in (None, config.resolved["data"]) else {"data": self._task}
+        return asdict(self.comparison.eval) | other
 
     def _stage(self, name: str, seed: int | None, user: str) -> Job:
         stage = self.comparison.stages[name]
@@ -102,14 +122,14 @@ class _Planner:
         key = (name, seed if stage.per_seed else None)
         if key not in self._stages:
             self._open.append(name)
-            self._stages[key] = self._job(name, key[1], True, [*stage.overrides, *self.comparison.extra])
+            self._stages[key] = self._job(name, key[1], stage, [*stage.overrides, *self.comparison.extra])
             self._open.pop()
         return self._stages[key]
 
 
 def _filled(override: str, after: Mapping[str, Job]) -> str:
     for name, job in after.items():
-        override = override.replace(f"{{{name}}}", str(job.folder.final))
+        override = override.replace(f"{{{name}}}", str(job.product))
     return override
 
 
@@ -122,6 +142,16 @@ def _checked(overrides: list[str], where: str, ranks: int) -> RunConfig:
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
     return config
+
+
+def _checked_records(overrides: list[str], where: str) -> tuple[RunConfig, RecordsSection]:
+    """The same for records."""
+    try:
+        config, records = load_rollout_config(overrides)
+        build_method(config.method)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    return config, records
 
 
 def entry_names(jobs: Iterable[Job]) -> list[str]:

@@ -2,7 +2,8 @@
 
 Figures of a run: those of its final evaluation (see ``distill.evaluation``), ``steps``, ``student_tokens`` (generated),
 ``teacher_tokens`` (read and generated), ``spent_tokens`` (their sum), ``trained_tokens``, and ``seconds``, the time of its
-optimizer steps with rollouts and scoring, without evaluation, checkpoints and start-up.
+optimizer steps with rollouts and scoring, without evaluation, checkpoints and start-up. Who learns from records is charged with
+the tokens that they cost. A stage that writes records has the figures of ``distill rollout``.
 """
 
 from __future__ import annotations
@@ -35,9 +36,22 @@ def rows_of(jobs: Sequence[Job], failures: Mapping[str, str]) -> list[RunRow]:
         if figures is None:
             rows.append(RunRow(job, failure=failures.get(job.title, "not run")))
             continue
+        if job.records is not None:
+            rows.append(RunRow(job, figures))
+            continue
         metrics = read_metrics(job.folder.metrics)
         rows.append(RunRow(job, {**figures, **spendings(metrics)}, None, curve(metrics)))
+        charge(rows[-1], [complete(used) or {} for used in job.after if used.records is not None])
     return rows
+
+
+def charge(row: RunRow, records: Sequence[Mapping[str, Any]]) -> None:
+    """Add what the records of a run cost to what it spent itself."""
+    for made in records:
+        for name in ("student_tokens", "teacher_tokens", "spent_tokens"):
+            row.figures[name] += made[name]
+        for point in row.curve.values():
+            point["tokens"] += made["spent_tokens"]
 
 
 def spendings(metrics: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -82,6 +96,17 @@ def summarise(rows: Sequence[RunRow]) -> dict[str, Spread]:
     """Mean and interval of every figure over the runs that have it."""
     names = dict.fromkeys(name for row in rows for name in row.figures)
     return {name: spread([row.figures[name] for row in rows if name in row.figures]) for name in names}
+
+
+def differences(rows: Sequence[RunRow], baseline: Sequence[RunRow]) -> dict[str, Spread]:
+    """Mean and interval of every figure's difference to the baseline's run of the same seed.
+
+    What a seed does to all entries alike (an easy student) cancels, so this tells entries apart whose own intervals overlap.
+    """
+    other = {row.job.seed: row.figures for row in baseline}
+    pairs = [(row.figures, other[row.job.seed]) for row in rows if other.get(row.job.seed)]
+    names = dict.fromkeys(name for ours, theirs in pairs for name in ours if name in theirs)
+    return {name: spread([a[name] - b[name] for a, b in pairs if name in a and name in b]) for name in names}
 
 
 def mean_curve(rows: Sequence[RunRow], figure: str) -> list[tuple[float, Spread]]:

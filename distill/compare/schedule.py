@@ -18,6 +18,7 @@ from distill.errors import CheckpointError
 from distill.progress import StepProgress
 
 LOOK_S = 2.0  # between two looks at the progress of the runs
+SHOWN = ("pass_at_1", "mean_length", "kl_teacher", "records", "breach")  # of a run that has ended
 NOT_RUN = "not run, because"  # how the reason of a job that waited in vain begins
 
 
@@ -84,9 +85,7 @@ class Schedule:
                 continue
             self._done.add(run.job.title)
             figures = complete(run.job) or {}
-            shown = "  ".join(
-                f"{name} {figures[name]:.4g}" for name in ("pass_at_1", "mean_length", "kl_teacher") if name in figures
-            )
+            shown = "  ".join(f"{name} {figures[name]:.4g}" for name in SHOWN if name in figures)
             progress.note(f"{run.job.title}: {shown}")
 
     def _fail(self, job: Job, reason: str, last: list[str], progress: StepProgress) -> None:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from distill.compare.plan import Job
@@ -21,7 +22,8 @@ from distill.runs import FREE_KEYS, differing_keys, write_json
 def settings_of(job: Job) -> dict[str, Any]:
     """What decides the job's result, as it stands in ``job.json``."""
     after = {used.title: digest(used) for used in job.after}
-    return {"ranks": job.ranks, "after": after, "train": job.config.resolved}
+    records = {} if job.records is None else {"records": asdict(job.records)}
+    return {"ranks": job.ranks, "after": after, "train": job.config.resolved, **records}
 
 
 def digest(job: Job) -> str:
@@ -48,6 +50,8 @@ def changes(job: Job) -> list[str]:
     found = [f"{key}: {old!r} there, {new!r} now" for key, old, new in differing_keys(before["train"], now["train"])]
     if before["ranks"] != now["ranks"]:
         found.append(f"compare.ranks: {before['ranks']} there, {now['ranks']} now")
+    if before.get("records") != now.get("records"):
+        found.append(f"records: {before.get('records')} there, {now.get('records')} now")
     for name in sorted({*before["after"], *now["after"]}):
         if before["after"].get(name) != now["after"].get(name):
             found.append(f"the model of {name} has changed")

@@ -1,4 +1,4 @@
-"""One rank of one run, in a process of its own: train, measure the trained model, write ``outcome.json``.
+"""One rank of one run, in a process of its own: train and measure the model, or write records; then ``outcome.json``.
 
 The process is forked from a server that has imported torch once (see ``processes``); everything it prints goes to the job's log.
 """
@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Mapping
 from copy import deepcopy
@@ -21,6 +22,7 @@ from omegaconf import OmegaConf
 from distill.compare.plan import Job
 from distill.config import RunConfig, check_config
 from distill.errors import DistillError
+from distill.rollout import RecordsSection
 
 
 def run_rank(job: Job, environment: Mapping[str, str], report: Connection) -> None:
@@ -35,7 +37,10 @@ def run_rank(job: Job, environment: Mapping[str, str], report: Connection) -> No
         import torch
 
         torch.set_num_threads(1)
-        train_and_measure(job)
+        if job.records is None:
+            train_and_measure(job)
+        else:
+            write_records(job, job.records)
     except BaseException as error:
         report.send((isinstance(error, DistillError) and error.on_every_rank, explain(error)))
         if isinstance(error, DistillError):
@@ -79,12 +84,35 @@ def train_and_measure(job: Job) -> None:
             finish(job, figures)
 
 
+def write_records(job: Job, section: RecordsSection) -> None:
+    """All ranks of the run call it together. Figures: those of `distill rollout`, and what a run's spendings are called."""
+    from distill.compare.state import finish
+    from distill.distributed import process_group, rank
+    from distill.records import RecordFolder
+    from distill.rollout import rollout
+
+    began = time.monotonic()
+    with process_group(job.config.comm):
+        figures = rollout(job.config, section)
+        figures.pop("steps", None)  # of trajectories: in a table of runs the word stands for optimizer steps
+        if rank() == 0:
+            student = teacher = 0
+            for one in RecordFolder(job.folder.path).read():
+                student += one["student_tokens"]
+                teacher += one["prompt_length"] + one["student_tokens"] + one["teacher_tokens"]
+            spent = {"student_tokens": student, "teacher_tokens": teacher, "spent_tokens": student + teacher}
+            finish(job, {**figures, **spent, "seconds": round(time.monotonic() - began, 2)})
+
+
 def final_evaluation(job: Job) -> RunConfig:
-    """The run's own configuration with its trained model as the student: same task, same lengths, same teacher for the KL."""
+    """The run's own configuration with its trained model as the student: same lengths, same teacher for the KL, and the
+    same task unless the comparison names another.
+    """
     values: dict[str, Any] = deepcopy(job.config.resolved)
     values["model"]["student"] = {"path": str(job.folder.final)}
     values["model"]["reference"] = {}
     values["model"]["lora"] = {}
     values["method"] = {"name": "sft"}
-    values["eval"] = dict(job.evaluation)
+    values["eval"] = {key: value for key, value in job.evaluation.items() if key != "data"}
+    values["data"] = job.evaluation.get("data", values["data"])
     return check_config(OmegaConf.create(values))

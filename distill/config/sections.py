@@ -286,6 +286,7 @@ class MonitorSection:
     accuracy_drop: float = 0.02  # … while held-out pass@1 is this far below its best
     entropy_share: float = 0.1  # student entropy over the teacher's (without a teacher: over its baseline)
     length_growth: float = 2.0  # mean length of rollouts over its baseline
+    same_divergence: float = 1e-6  # nats per token below which the teacher is taken for the student itself
 
     def __post_init__(self) -> None:
         in_range("monitor.smoothing", self.smoothing, low=0.0, high=0.999999)
@@ -294,6 +295,7 @@ class MonitorSection:
         in_range("monitor.accuracy_drop", self.accuracy_drop, low=0.0, high=1.0)
         in_range("monitor.entropy_share", self.entropy_share, low=0.0)
         in_range("monitor.length_growth", self.length_growth, low=1.0)
+        in_range("monitor.same_divergence", self.same_divergence, low=0.0)
 
 
 @dataclass(kw_only=True)

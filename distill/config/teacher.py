@@ -16,13 +16,15 @@ WIRES = ("auto", "float32", "bfloat16", "float8")
 class TeacherServerSpec:
     """An OpenAI-compatible endpoint that returns log-probabilities of prompts (vLLM does)."""
 
-    url: list[str] = field(default_factory=list)  # http://HOST:PORT; several share the work
+    url: list[str] = field(default_factory=list)  # http://HOST:PORT, https://HOST or unix:/PATH; several share the work
     model: str | None = None  # by the server's name for it; None: the only one it serves
-    key_variable: str | None = None  # environment variable that holds the server's API key
+    key_variable: str | None = (
+        None  # environment variable that holds the server's API key; None: VLLM_API_KEY, where set
+    )
     concurrency: int = 8  # requests under way at a time, per rank
     request_s: float = 120.0  # for one answer
     retry_s: float = 60.0  # longest pause between two tries
-    pause_s: float = 3600.0  # a server that is away for so long ends the run, saved
+    pause_s: float = 3600.0  # where no server answers for so long, the run ends, saved
 
     def __post_init__(self) -> None:
         in_range("teacher.server.concurrency", self.concurrency, low=1)
@@ -80,10 +82,10 @@ class TeacherSection:
         in_range("teacher.top_k", self.top_k, low=1)
         in_range("teacher.ranks", self.ranks, low=1)
         in_range("teacher.queue", self.queue, low=1)
-        if self.placement == "server" and self.signal in ("hidden", "logits"):
+        if self.placement == "server" and self.signal == "hidden":
             raise ConfigError(
-                f"teacher.signal={self.signal} does not come from a server, which returns log-probabilities; set "
-                "teacher.signal=topk or teacher.signal=sampled"
+                "teacher.signal=hidden does not come from a server, which returns log-probabilities; set teacher.signal=topk or "
+                "teacher.signal=sampled (or logits, where the whole vocabulary fits into its --max-logprobs)"
             )
         if self.wire == "float8" and self.signal != "hidden":
             raise ConfigError(

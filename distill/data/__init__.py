@@ -64,6 +64,7 @@ _TASKS = {
     "gsm_symbolic": "distill.data.reasoning:GsmSymbolic",
     "gsm8k": "distill.data.gsm8k:Gsm8k",
     "jsonl": "distill.data.jsonl:Jsonl",
+    "mixed": "distill.data.mixed:Mixed",
 }
 
 

@@ -37,6 +37,8 @@ class TokenBatch:
         sequence_index: [T] int64, which of the sequences it belongs to (their order is that of ``collate``'s argument).
         behaviour_logprobs: [T] fp32, the token's log-probability when a model wrote it; NaN in text from elsewhere.
         example_ids: the S ids.
+        sequences: the S sequences themselves, for whoever reads more of them than their tokens (tags, prompts as text); empty
+            in a batch that came from another process.
     """
 
     input_ids: Tensor
@@ -47,6 +49,7 @@ class TokenBatch:
     sequence_index: Tensor
     behaviour_logprobs: Tensor
     example_ids: list[str]
+    sequences: Sequence[TokenSequence] = ()
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "TokenBatch":
         """The same batch with its tensors on ``device``."""
@@ -63,6 +66,7 @@ class TokenBatch:
             sequence_index=move(self.sequence_index),
             behaviour_logprobs=move(self.behaviour_logprobs),
             example_ids=self.example_ids,
+            sequences=self.sequences,
         )
 
 
@@ -85,7 +89,7 @@ def collate(sequences: Sequence[TokenSequence], pad_id: int, pack_length: int | 
     rows = rows or [[]]
     width = max(1, max(sum(lengths[i] for i in row) for row in rows))
     starts = _starts(rows, lengths)
-    chosen = [_supervised(sequence) for sequence in sequences]
+    chosen = [supervised_places(sequence) for sequence in sequences]
     targets = torch.cat([_NO_TARGETS, *(_targets(start, positions) for start, positions in zip(starts, chosen))])
     counts = torch.tensor([len(positions) for positions in chosen], dtype=torch.int64)
     logprobs = [_logprobs(sequence, positions) for sequence, positions in zip(sequences, chosen)]
@@ -99,6 +103,7 @@ def collate(sequences: Sequence[TokenSequence], pad_id: int, pack_length: int | 
         sequence_index=torch.repeat_interleave(torch.arange(len(counts)), counts),
         behaviour_logprobs=torch.cat([torch.empty(0), *logprobs]),
         example_ids=[sequence.example_id for sequence in sequences],
+        sequences=tuple(sequences),
     )
 
 
@@ -142,8 +147,8 @@ def _padding_mask(lengths: list[int], width: int) -> Tensor:
     return (torch.arange(width) < torch.tensor(lengths or [1])[:, None]).long()
 
 
-def _supervised(sequence: TokenSequence) -> Tensor:
-    """[t]: places in ``sequence.ids`` of the supervised tokens."""
+def supervised_places(sequence: TokenSequence) -> Tensor:
+    """[t]: places in ``sequence.ids`` of the supervised tokens; targets of a batch come in their order."""
     first = max(sequence.prompt_length, 1)
     places = torch.arange(first, len(sequence.ids))
     if sequence.supervised is None:

@@ -9,7 +9,7 @@ Example::
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
@@ -167,16 +167,19 @@ class RunningSumConfig(ChainConfig):
     """``data=running_sum``: chained arithmetic, see ``running_sum.py``.
 
     Attributes:
-        brief: share of the training problems that are marked with ``~`` and answered with every result once. Above 0, the
-            others, and all test problems, are answered with every result twice.
+        brief: share of the training problems that are marked with ``~``, to be answered briefly. Above 0, results are
+            restated, each with the probability ``restated_brief`` behind a mark and ``restated`` without.
     """
 
     name: str = "running_sum"
     brief: float = 0.0
+    restated: float = 1.0
+    restated_brief: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.in_range("brief", 0.0, 1.0)
+        for key in ("brief", "restated", "restated_brief"):
+            self.in_range(key, 0.0, 1.0)
         if self.brief and self.flawed:
             raise DataConfigError("brief", self.brief, f"it cannot go together with data.flawed={self.flawed}")
 
@@ -253,6 +256,8 @@ class JsonlConfig(DataConfig):
         path: the file.
         test_path: a second file for the test split; null holds out ``test_fraction`` of the lines instead.
         prompt_key, response_key, answer_key, messages_key: what the keys are called in the file.
+        ids_key: null trains on the text. A key (``ids`` in the records of ``distill rollout``) trains on the token ids that stand
+            there, with ``prompt_length`` and ``supervised`` beside it: nothing is encoded again, and a mask is respected.
         answer_fallback: as in :class:`QuestionConfig`.
         max_line_bytes: a longer line is a bad line (it is never read into memory as a whole).
     """
@@ -265,6 +270,7 @@ class JsonlConfig(DataConfig):
     response_key: str = "response"
     answer_key: str = "answer"
     messages_key: str = "messages"
+    ids_key: str | None = None
     answer_fallback: str = "last_number"
     max_line_bytes: int = 16 * 2**20
 
@@ -276,7 +282,39 @@ class JsonlConfig(DataConfig):
         self.in_range("max_line_bytes", 2, 2**31)
 
 
+@dataclass(kw_only=True)
+class MixedConfig(DataConfig):
+    """``data=mixed``: several datasets in turn, see ``mixed.py``.
+
+    Attributes:
+        parts: NAME → the keys of a dataset, ``name`` among them, and ``share``: how many samples of each round are of it.
+    """
+
+    name: str = "mixed"
+    parts: dict = field(default_factory=dict)  # plain: `check_types` knows no other
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.parts:
+            raise DataConfigError("parts", self.parts, "data=mixed needs at least one: NAME: {name: DATASET, share: 1}")
+        for name, part in self.parts.items():
+            if not isinstance(part, dict):
+                raise DataConfigError(f"parts.{name}", part, "expected the keys of a dataset, {name: DATASET, …}")
+            share = part.get("share", 1)
+            if type(share) is not int or not 0 <= share <= 1000:
+                raise DataConfigError(f"parts.{name}.share", share, "a whole number from 0 to 1000")
+            if part.get("name") == "mixed":
+                raise DataConfigError(f"parts.{name}.name", "mixed", "a part is a dataset of its own")
+            try:
+                data_config({key: value for key, value in part.items() if key != "share"})
+            except DataConfigError as error:
+                raise DataConfigError(f"parts.{name}", "…", str(error)) from None
+        if not any(part.get("share", 1) for part in self.parts.values()):
+            raise DataConfigError("parts", list(self.parts), "every share is 0; give at least one part a share of 1")
+
+
 CONFIGS: dict[str, type[DataConfig]] = {
+    "mixed": MixedConfig,
     "running_sum": RunningSumConfig,
     "missing_start": MissingStartConfig,
     "chain_sum": ChainSumConfig,
@@ -298,7 +336,7 @@ def data_config(mapping: Mapping[str, Any]) -> DataConfig:
     if name not in CONFIGS:
         raise DataConfigError("name", name, f"choose one of {', '.join(sorted(CONFIGS))}{_nearest(str(name), CONFIGS)}")
     kind = CONFIGS[str(name)]
-    valid = {field.name: None for field in fields(kind)}
+    valid = {each.name: None for each in fields(kind)}
     for key in mapping:
         if key not in valid:
             allowed = f"data={name} has no such key{_nearest(str(key), valid)}; its keys are {', '.join(valid)}"

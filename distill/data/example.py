@@ -12,6 +12,21 @@ Prompt = str | list[Message]
 
 
 @dataclass(frozen=True, slots=True)
+class ExactText:
+    """Prompt and response as the token ids with which they were made, of one tokenizer.
+
+    Attributes:
+        ids: prompt and response.
+        prompt_length: how many of them are the prompt, at least 1.
+        supervised: which response tokens a loss looks at; None: all.
+    """
+
+    ids: list[int]
+    prompt_length: int
+    supervised: list[bool] | None
+
+
+@dataclass(frozen=True, slots=True)
 class Example:
     """One problem.
 
@@ -21,6 +36,7 @@ class Example:
         reference: a reference response (chain of thought and final answer); None for prompt-only data.
         answer: the gold final answer; None where there is nothing to check a response against.
         metadata: whatever else the source says about the problem.
+        exact: the reference as token ids, to be trained on instead of its text; None: there is only the text.
     """
 
     id: str
@@ -28,6 +44,7 @@ class Example:
     reference: str | None
     answer: str | None
     metadata: dict[str, Any] = field(default_factory=dict)
+    exact: ExactText | None = None
 
 
 @dataclass(frozen=True, slots=True)

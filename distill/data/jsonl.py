@@ -5,10 +5,11 @@ A line has either a prompt (text, or chat messages) and usually a response, or a
     {"prompt": "What is 6 times 7?", "response": "6 * 7 = 42\\n#### 42", "answer": "42"}
     {"messages": [{"role": "user", "content": "6 times 7?"}, {"role": "assistant", "content": "42"}]}
 
-The last message of the assistant is the response. ``answer`` is optional; without it the answer is what the response
-marks with ``####`` or ``\\boxed{}``, and where it marks nothing responses cannot be verified. The file is indexed
-once and never loaded (``lines.py``). The test split is another file, or a fraction of the lines chosen by a hash of
-their text, so that equal lines are on the same side.
+With ``data.ids_key=ids`` the records of ``distill rollout`` are trained on token by token as they were made, flawed
+spans masked where ``method.mask_flawed`` said so. The last message of the assistant is the response. ``answer`` is
+optional; without it the answer is what the response marks with ``####`` or ``\\boxed{}``, and where it marks nothing
+responses cannot be verified. The file is indexed once and never loaded (``lines.py``). The test split is another file,
+or a fraction of the lines chosen by a hash of their text, so that equal lines are on the same side.
 """
 
 import json
@@ -16,7 +17,7 @@ from typing import Any
 
 from distill.answers import Fallback, answers_match, extract_answer, marked_answer
 from distill.data.config import DataConfigError, JsonlConfig
-from distill.data.example import Example, Message, NoAnswer, Prompt, Verdict, check_index
+from distill.data.example import ExactText, Example, Message, NoAnswer, Prompt, Verdict, check_index
 from distill.data.lines import BadLine, LineFile, Unusable, parse_object, text_of
 from distill.data.partition import Split, split_of
 
@@ -62,8 +63,8 @@ class Jsonl:
 
     def __getitem__(self, index: int) -> Example:
         position = check_index(index, len(self), self.name)
-        prompt, reference, answer, metadata = self._parse(self.lines.read(position))
-        return Example(f"{self.lines.path}:{self.lines.number(position)}", prompt, reference, answer, metadata)
+        name = f"{self.lines.path}:{self.lines.number(position)}"
+        return Example(name, *self._parse(self.lines.read(position)))
 
     def verify(self, example: Example, response: str) -> Verdict:
         """The response's final answer against the gold one, as numbers, text or LaTeX (see ``distill.answers``)."""
@@ -71,7 +72,7 @@ class Jsonl:
             raise NoAnswer(example)
         return Verdict(answers_match(extract_answer(response, self._fallback), example.answer), None)
 
-    def _parse(self, line: bytes) -> tuple[Prompt, str | None, str | None, dict[str, Any]]:
+    def _parse(self, line: bytes) -> tuple[Prompt, str | None, str | None, dict[str, Any], ExactText | None]:
         config, record = self.config, parse_object(line)
         prompt: Prompt
         reference: str | None = None
@@ -87,7 +88,22 @@ class Jsonl:
             raise Unusable(f"two responses: {config.response_key!r} and the last of {config.messages_key!r}")
         reference = reference if response is None else text_of(response, config.response_key)
         answer = _answer(record.pop(config.answer_key, None), config.answer_key)
-        return prompt, reference, answer or (marked_answer(reference) if reference else None), record
+        exact = None if config.ids_key is None else _exact(record, config.ids_key)
+        return prompt, reference, answer or (marked_answer(reference) if reference else None), record, exact
+
+
+def _exact(record: dict[str, Any], key: str) -> ExactText:
+    """The token ids under ``key``, taken out of the record with what belongs to them."""
+    ids, length, flags = record.pop(key, None), record.pop("prompt_length", None), record.pop("supervised", None)
+    if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids):
+        raise Unusable(f"{key} must be a list of token ids (data.ids_key={key})")
+    if type(length) is not int or not 0 < length < len(ids):
+        raise Unusable(f"prompt_length={length!r} must lie between 0 and the {len(ids)} tokens of {key}")
+    if flags is not None and (
+        not isinstance(flags, list) or len(flags) != len(ids) - length or not {0, 1}.issuperset(flags)
+    ):
+        raise Unusable(f"supervised must hold a 0 or 1 for each of the {len(ids) - length} response tokens, or be null")
+    return ExactText(ids, length, None if flags is None else list(map(bool, flags)))
 
 
 def _prompt(value: object, key: str) -> Prompt:

@@ -10,11 +10,11 @@ A problem of six single-digit numbers modulo 10 reads::
     0
     #0                    the answer
 
-Operations apply from left to right, ``*`` included. With ``data.flawed`` above 0 some training references take back a mistake
-(``flaws.py``); with ``data.brief`` above 0 a mark before the problem asks for a brief answer. Models of a few ten thousand
-parameters learn it in seconds, every step can be checked, and there are 32 million such problems. An example is a pure
-function of (seed, split, index); train and test share no problem because the text of a problem decides its side
-(``partition.py``). Sizes are virtual: nothing is stored.
+Operations apply from left to right, ``*`` included. With ``data.flawed`` above 0 some training references take back a
+mistake (``flaws.py``); with ``data.brief`` above 0 results are restated (``8``, ``=8``), less often behind a mark that
+asks for a brief answer. Models of a few ten thousand parameters learn it in seconds, every step can be checked, and
+there are 32 million such problems. An example is a pure function of (seed, split, index); train and test share no
+problem because the text of a problem decides its side (``partition.py``). Sizes are virtual: nothing is stored.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ class RunningSum:
         self.split: Split = split
         self.name = f"{config.name}/{split}"
         self._size = config.train_size if split == "train" else config.test_size
-        self.brief = config.brief if isinstance(config, RunningSumConfig) else 0.0
+        self._brief = config if isinstance(config, RunningSumConfig) and config.brief else None
         self._flaws = Flaws(config) if config.flawed and split == "train" else None
         self._problem(0)  # a space too small to have problems on this side fails here, not in the middle of a run
 
@@ -50,7 +50,7 @@ class RunningSum:
             + self.config.operators
             + "=\n#"
             + (self.config.marker if self.config.flawed else "")
-            + "~" * bool(self.brief)
+            + "~" * (self._brief is not None)
         )
 
     def __len__(self) -> int:
@@ -64,9 +64,8 @@ class RunningSum:
             reference = self._flaws.reference(
                 index, lines, self.places(numbers), lambda place, draw: self.mistaken(numbers, operators, place, draw)
             )
-        elif self.brief:
-            mark = "~" if self.split == "train" and unit_hash(f"brief/{self.config.seed}/{index}") < self.brief else ""
-            reference = lines if mark else restated(lines)
+        elif self._brief is not None:
+            mark, reference = self._spoken(self._brief, index, lines)
         return Example(
             id=f"{self.name}/{index}",
             prompt=f"{mark}{self.question(numbers, operators)}\n",
@@ -104,9 +103,22 @@ class RunningSum:
         stated = _ANSWER.fullmatch(lines[-1]) if lines else None
         only = sum(line.count("#") for line in lines) == 1
         correct = stated is not None and only and _same_integer(stated[1], example.answer)
-        right = example.metadata["lines"]
-        chains = (right[:-1], restated(right)[:-1]) if self.brief else (right[:-1],)
-        return Verdict(correct, correct and lines[:-1] in chains)
+        right = example.metadata["lines"][:-1]
+        chain = lines[:-1] if self._brief is None else once(lines[:-1])
+        return Verdict(correct, correct and chain == right)
+
+    def _spoken(self, config: RunningSumConfig, index: int, lines: list[str]) -> tuple[str, list[str]]:
+        """The mark of a problem, and its lines with some of them restated; the test split has no marks."""
+
+        def draw(what: str) -> float:
+            return unit_hash(f"{what}/{config.seed}/{index}")
+
+        marked = self.split == "train" and draw("brief") < config.brief
+        share = config.restated_brief if marked else config.restated
+        spoken = []
+        for place, line in enumerate(lines[:-1]):
+            spoken += [line, f"={line}"] if draw(f"restated/{place}") < share else [line]
+        return "~" * marked, spoken + lines[-1:]
 
     def _problem(self, index: int) -> tuple[list[int], list[str]]:
         """Draw candidates until one falls on this side of the partition."""
@@ -161,9 +173,9 @@ def wrong_value(right: int, draw: int, modulus: int | None) -> int:
     return right + (-1) ** (draw % 2) * (1 + draw // 2 % 9)
 
 
-def restated(lines: list[str]) -> list[str]:
-    """Every line but the answer twice."""
-    return [line for line in lines[:-1] for _ in range(2)] + lines[-1:]
+def once(lines: list[str]) -> list[str]:
+    """The lines without those that restate the one before."""
+    return [line for before, line in zip(["", *lines], lines) if line != f"={before}"]
 
 
 def _with_answer(values: list[int], place: int) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from distill.data.example import Example, Message
+from distill.data.example import Example, Message, Prompt
 
 OnLong = Literal["error", "truncate", "skip"]
 
@@ -25,6 +25,8 @@ class TokenSequence:
         sample: global sample number.
         correct: a verifier's verdict of a text written for this step (1 or 0); None: not judged.
         teacher_prompt: prompt ids that the teacher sees before the same response; None: the same prompt.
+        tag: which teacher's sample it is (``teacher.route``); None where there is one teacher.
+        prompt: the prompt that the teacher is to read, as text or messages: for a teacher with a tokenizer of its own.
         notes: figures of how the text was made, averaged over the step's sequences that have them (metric ``sample/NAME``).
     """
 
@@ -36,6 +38,8 @@ class TokenSequence:
     sample: int = 0
     correct: float | None = None
     teacher_prompt: list[int] | None = None
+    tag: str | None = None
+    prompt: Prompt | None = None
     notes: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -114,19 +118,34 @@ def encode_example(
         TooLong: names the example, its length and the limit.
         CannotEncode: no reference, no chat template, or characters the tokenizer does not know.
     """
+    whole = _whole(tokenizer, example)
+    length, count = len(whole.ids), whole.prompt_length
+    if count >= max_length:
+        remedy = "shorten the prompt, raise the limit, or set data.on_long=skip"
+        raise TooLong(example.id, "its prompt alone has", count, max_length, remedy)
+    if length > max_length and on_long != "truncate":
+        remedy = "raise the limit, or set data.on_long to truncate or skip"
+        raise TooLong(example.id, "prompt and response have", length, max_length, remedy)
+    return whole.truncated(max_length - count)
+
+
+def _whole(tokenizer: PreTrainedTokenizerBase, example: Example) -> TokenSequence:
+    """Prompt and reference, however long; from their exact tokens where the example has them."""
+    exact = example.exact
+    if exact is not None:
+        if max(exact.ids) >= len(tokenizer):
+            raise CannotEncode(
+                f"example {example.id}: token id {max(exact.ids)} is beyond the tokenizer's {len(tokenizer)}: the record is of "
+                "another tokenizer; set data.ids_key=null to encode its text anew"
+            )
+        return TokenSequence(exact.ids, exact.prompt_length, example.id, exact.supervised)
     if example.reference is None:
         raise CannotEncode(
             f"example {example.id} has no reference response to train on: this method needs one (or rollouts)"
         )
     prompt = encode_prompt(tokenizer, example)
     ids = prompt + encode_response(tokenizer, example.reference, example.id)
-    if len(prompt) >= max_length:
-        remedy = "shorten the prompt, raise the limit, or set data.on_long=skip"
-        raise TooLong(example.id, "its prompt alone has", len(prompt), max_length, remedy)
-    if len(ids) > max_length and on_long != "truncate":
-        remedy = "raise the limit, or set data.on_long to truncate or skip"
-        raise TooLong(example.id, "prompt and response have", len(ids), max_length, remedy)
-    return TokenSequence(ids[:max_length], len(prompt), example.id)
+    return TokenSequence(ids, len(prompt), example.id)
 
 
 def encode_examples(

@@ -21,16 +21,27 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from distill.config import RunConfig, in_range, one_of
 from distill.data.example import Example
 from distill.data.tokenize import TokenSequence
-from distill.kernels import DivergenceOutput, divergence, linear_divergence, sampled_reverse_kl, sparse_divergence
+from distill.kernels import (
+    DivergenceOutput,
+    divergence,
+    linear_divergence,
+    sampled_reverse_kl,
+    sparse_divergence,
+    token_nll,
+)
 from distill.teachers.signals import FullLogits, HiddenStates, SampledToken, Signal, TopK
+from distill.vocabulary.divergence import SplitStates, split_divergence
+from distill.wire import travels
 
 if TYPE_CHECKING:
     from distill.rollouts.rollout import Trajectory
 
 WHOLE = frozenset({"logits", "hidden"})  # signals that hold the whole distribution
+StudentSignal = FullLogits | HiddenStates | SplitStates
 KINDS = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "alpha", "tvd")
 
 
+@travels
 class Source(Enum):
     """Whose text a sample is trained on."""
 
@@ -47,7 +58,7 @@ class Targets:
     The trainer fills every field that the method asked for; those it did not ask for are None.
     """
 
-    student: FullLogits | HiddenStates  # with gradient
+    student: StudentSignal  # with gradient
     teacher: Signal | None  # where "teacher" is in ``Method.needs``
     token_ids: Tensor  # [T] the token that follows
     reference: Signal | None = None  # where "reference" is in ``Method.needs``
@@ -56,6 +67,14 @@ class Targets:
     behaviour_logprobs: Tensor | None = None  # [T] fp32: log-probability when it was written; NaN in text that was not
     draws: Tensor | None = None  # [T] fp32 uniform in [0, 1), the same in any layout; where ``Method.draws``
     progress: float = 0.0  # optimizer steps done / all steps of the run, in [0, 1)
+    scales: Tensor | None = (
+        None  # [T] fp32: what the trainer multiplies the losses by, up to one number; None: not known
+    )
+
+    def nll(self, stats: bool = True) -> DivergenceOutput:
+        """−log q ``[T]`` of the tokens that follow, with the figures of `token_nll`."""
+        logits, options = self.student.operand()
+        return token_nll(logits, self.token_ids, stats=stats, **options)
 
     @property
     def student_logits(self) -> Tensor:
@@ -81,6 +100,7 @@ class TokenLosses:
     stats: dict[str, Tensor] = field(default_factory=dict)  # name -> [T] fp32, no gradient
 
 
+@travels
 @dataclass(frozen=True, slots=True)
 class SequenceFacts:
     """What every rank knows of one sequence of the global batch before the losses are computed."""
@@ -172,30 +192,51 @@ class DivergenceSpec:
         student, teacher = targets.student, targets.teacher
         options: dict[str, Any] = {"beta": self.beta, "alpha": self.alpha, "path": self.path, "stats": True}
         if isinstance(teacher, SampledToken):
-            return sampled_reverse_kl(student.logits(), targets.token_ids, teacher.logprobs, path=self.path)
+            logits, form = student.operand()
+            ids = teacher.known_ids(targets.token_ids)
+            return sampled_reverse_kl(logits, ids, teacher.logprobs, path=self.path, **form)
         if isinstance(teacher, TopK):
-            return sparse_divergence(student.logits(), teacher.ids, teacher.logprobs, self.kind, **options)
+            logits, form = student.operand()
+            return sparse_divergence(logits, teacher.ids, teacher.logprobs, self.kind, **form, **options)
         assert teacher is not None
+        if isinstance(teacher, HiddenStates) and not isinstance(student, FullLogits):
+            return self._of_hidden(student, teacher, targets)
         whole = {"token_ids": targets.token_ids, "top_k": self.top_k}
-        if isinstance(student, HiddenStates) and isinstance(teacher, HiddenStates):
-            ours, theirs = student.head, teacher.head
-            return linear_divergence(
-                student.hidden,
-                ours.weight,
-                teacher.hidden,
-                theirs.weight,
-                self.kind,
-                self.temperature,
-                student_bias=ours.bias,
-                teacher_bias=theirs.bias,
-                student_scale=ours.scale,
-                teacher_scale=theirs.scale,
-                student_softcap=ours.softcap,
-                teacher_softcap=theirs.softcap,
-                **options,
-                **whole,
-            )
         return divergence(student.logits(), teacher.logits(), self.kind, self.temperature, **options, **whole)
+
+    def _of_hidden(
+        self, student: HiddenStates | SplitStates, teacher: HiddenStates, targets: Targets
+    ) -> DivergenceOutput:
+        """From hidden states on both sides. Where the trainer's factors are known, the gradient is formed with the loss."""
+        kind = {
+            "kind": self.kind,
+            "temperature": self.temperature,
+            "beta": self.beta,
+            "alpha": self.alpha,
+            "path": self.path,
+        }
+        if isinstance(student, SplitStates):
+            return split_divergence(student, teacher, targets.token_ids, targets.scales, kind)
+        ours, theirs = student.head, teacher.head
+        return linear_divergence(
+            student.hidden.to(ours.weight.dtype),
+            ours.weight,
+            teacher.hidden.to(theirs.weight.dtype),
+            theirs.weight,
+            stats=True,
+            gradient="recompute" if targets.scales is None else "forward",
+            upstream=targets.scales,
+            budget_bytes=student.budget,
+            token_ids=targets.token_ids,
+            top_k=self.top_k,
+            student_bias=ours.bias,
+            teacher_bias=theirs.bias,
+            student_scale=ours.scale,
+            teacher_scale=theirs.scale,
+            student_softcap=ours.softcap,
+            teacher_softcap=theirs.softcap,
+            **kind,
+        )
 
 
 @dataclass(kw_only=True)
@@ -223,6 +264,9 @@ class Method(ABC):
     )
     probe_rollouts: int = 0  # the student answers every prompt this often, before the step, to learn its pass rate
     draws: bool = False  # token_losses reads ``Targets.draws``
+    # Of {"divergence", "tokens", "logits"}: what token_losses computes from the student. "divergence": `DivergenceSpec`, whose
+    # loss it may multiply by one number; "tokens": log-probabilities of given tokens; "logits": anything else.
+    reads: frozenset[str] = frozenset({"logits"})
 
     @property
     def signals(self) -> frozenset[str]:

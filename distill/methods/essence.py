@@ -28,7 +28,6 @@ from transformers import PreTrainedTokenizerBase
 from distill.config import in_range, one_of
 from distill.data.tokenize import TokenSequence
 from distill.errors import ConfigError
-from distill.kernels import token_nll
 from distill.methods.base import DivergenceSpec, Method, Source, Targets, TokenLosses
 from distill.methods.parts import AnyTextSpec
 
@@ -65,6 +64,8 @@ class Essence(Method):
     def __init__(self, config: EssenceConfig) -> None:
         self.config = config
         self.needs = frozenset({"teacher"} if config.distill_ratio > 0 else ())
+        parts = {"divergence": config.distill_ratio > 0, "tokens": config.distill_ratio < 1}
+        self.reads = frozenset(part for part, counts in parts.items() if counts)
 
     def source(self, sample: int, seed: int, progress: float = 0.0) -> Source:
         return Source(self.config.text)
@@ -99,7 +100,7 @@ class Essence(Method):
         ratio = self.config.distill_ratio
         if ratio == 1.0:
             return self.config.divergence(targets)
-        likelihood = token_nll(targets.student_logits, targets.token_ids, stats=ratio == 0.0)
+        likelihood = targets.nll(stats=ratio == 0.0)
         if ratio == 0.0:
             return TokenLosses(likelihood.loss, dict(likelihood.stats))
         distilled = self.config.divergence(targets)

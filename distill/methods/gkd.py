@@ -28,6 +28,7 @@ class GkdConfig(TextSpec):
 
 class Gkd(Method):
     Config = GkdConfig
+    reads = frozenset({"divergence"})
 
     def __init__(self, config: GkdConfig) -> None:
         self.config = config

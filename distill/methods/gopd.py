@@ -28,7 +28,7 @@ from distill.config import in_range, one_of
 from distill.kernels import sampled_reverse_kl
 from distill.methods.base import WHOLE, DivergenceSpec, Method, Source, Targets, TokenLosses
 from distill.methods.parts import row_chunks, shared_vocabulary
-from distill.teachers.signals import FullLogits, Signal
+from distill.teachers.signals import FullLogits, SampledToken, Signal
 
 
 @dataclass(kw_only=True)
@@ -52,6 +52,8 @@ class Gopd(Method):
     def __init__(self, config: GopdConfig) -> None:
         self.config = config
         self.needs = frozenset({"teacher"} if config.lambda_ == 1.0 else {"teacher", "reference"})
+        whole = "divergence" if config.lambda_ == 1.0 else "logits"  # an extrapolated target has logits and no head
+        self.reads = frozenset({"tokens" if config.form == "sampled" else whole})
 
     def source(self, sample: int, seed: int, progress: float = 0.0) -> Source:
         return Source.STUDENT
@@ -70,12 +72,14 @@ class Gopd(Method):
         if self.config.lambda_ != 1.0:
             assert targets.reference is not None
             target = torch.lerp(targets.reference.logprobs_at(targets.token_ids), target, self.config.lambda_)
+        logits, options = targets.student.operand()
         output = sampled_reverse_kl(
-            targets.student_logits,
-            targets.token_ids,
+            logits,
+            known_ids(targets),
             target,
             behaviour_logprobs=targets.behaviour_logprobs,
             max_ratio=self.config.max_ratio,
+            **options,
         )
         return TokenLosses(output.loss, dict(output.stats))
 
@@ -85,6 +89,14 @@ class Gopd(Method):
             return targets.teacher
         assert targets.reference is not None
         return FullLogits(extrapolated(targets.teacher.logits(), targets.reference.logits(), self.config.lambda_))
+
+
+def known_ids(targets: Targets) -> Tensor:
+    """Token ids ``[T]``, −1 where teacher or reference say nothing about them."""
+    ids = targets.token_ids
+    for signal in (targets.teacher, targets.reference):
+        ids = signal.known_ids(ids) if isinstance(signal, SampledToken) else ids
+    return ids
 
 
 def extrapolated(teacher: Tensor, reference: Tensor, lambda_: float) -> Tensor:

@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 
 from distill.config import in_range, one_of
-from distill.kernels import token_nll
 from distill.methods.base import WHOLE, BatchFacts, Method, Source, Targets, TokenLosses, Weight
 from distill.methods.parts import no_verdict
 
@@ -53,6 +52,7 @@ class GrpoConfig:
 
 class Grpo(Method):
     Config = GrpoConfig
+    reads = frozenset({"tokens"})
 
     def __init__(self, config: GrpoConfig) -> None:
         self.config = config
@@ -81,7 +81,7 @@ class Grpo(Method):
         return WHOLE | {"sampled"}
 
     def token_losses(self, targets: Targets) -> TokenLosses:
-        nll = token_nll(targets.student_logits, targets.token_ids, stats=True)
+        nll = targets.nll()
         logprob = -nll.loss
         reference = None
         if targets.reference is not None:

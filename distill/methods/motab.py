@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.config import RunConfig, one_of
-from distill.kernels import token_nll
 from distill.methods.base import DivergenceSpec, Method, Source, Targets, TokenLosses, Writer
 from distill.rollouts.monitored_options import MonitorOptions
 
@@ -52,6 +51,7 @@ class MonitoredMethod(Method):
     def __init__(self, config: MonitoredLoss, monitor: MonitorOptions) -> None:
         self.config, self.monitor = config, monitor
         self.needs = frozenset({"teacher"} if config.loss == "divergence" else ())
+        self.reads = frozenset({"divergence" if config.loss == "divergence" else "tokens"})
 
     def source(self, sample: int, seed: int, progress: float = 0.0) -> Source:
         return Source.MONITORED
@@ -80,7 +80,7 @@ class MonitoredMethod(Method):
     def token_losses(self, targets: Targets) -> TokenLosses:
         if self.config.loss == "divergence":
             return self.config.divergence(targets)
-        output = token_nll(targets.student_logits, targets.token_ids, stats=True)
+        output = targets.nll()
         return TokenLosses(output.loss, dict(output.stats or {}))
 
 

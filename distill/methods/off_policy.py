@@ -19,6 +19,7 @@ class OffPolicyConfig(TextSpec):
 
 class OffPolicy(Method):
     Config = OffPolicyConfig
+    reads = frozenset({"divergence"})
 
     def __init__(self, config: OffPolicyConfig) -> None:
         self.config = config

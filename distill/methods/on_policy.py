@@ -19,6 +19,7 @@ class OnPolicyConfig:
 
 class OnPolicy(Method):
     Config = OnPolicyConfig
+    reads = frozenset({"divergence"})
 
     def __init__(self, config: OnPolicyConfig) -> None:
         self.config = config

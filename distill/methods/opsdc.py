@@ -54,6 +54,7 @@ class OpsdcConfig:
 
 class Opsdc(Method):
     Config = OpsdcConfig
+    reads = frozenset({"divergence"})
 
     def __init__(self, config: OpsdcConfig) -> None:
         self.config = config

@@ -62,6 +62,7 @@ class PacedConfig(TextSpec):
 
 class Paced(Method):
     Config = PacedConfig
+    reads = frozenset({"divergence"})
 
     def __init__(self, config: PacedConfig) -> None:
         self.config = config

@@ -5,13 +5,13 @@ The latter is sequence-level distillation (Kim & Rush 2016, arXiv 1606.07947). O
 
 from __future__ import annotations
 
-from distill.kernels import token_nll
 from distill.methods.base import Method, Source, Targets, TextSpec, TokenLosses
 
 
 class Sft(Method):
     Config = TextSpec
     needs: frozenset[str] = frozenset()
+    reads = frozenset({"tokens"})
 
     def __init__(self, config: TextSpec) -> None:
         self.config = config
@@ -20,5 +20,5 @@ class Sft(Method):
         return Source(self.config.text)
 
     def token_losses(self, targets: Targets) -> TokenLosses:
-        output = token_nll(targets.student_logits, targets.token_ids, stats=True)
+        output = targets.nll()
         return TokenLosses(output.loss, dict(output.stats or {}))

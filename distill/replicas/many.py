@@ -11,26 +11,23 @@ What may fail is agreed upon inside the job first (``_together``): all its ranks
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from distill.config import RunConfig
 from distill.distributed import device, from_rank_0, gathered, rank, total, world_size
 from distill.errors import ConfigError, DistillError
-from distill.methods.base import SequenceFacts, Source
 from distill.progress import say
 from distill.replicas.books import Row, SampleBook, SharedLog
 from distill.replicas.one import Made, OneReplica, deal, most
 from distill.replicas.transfer import Donor, Feed, load_fetched
-from distill.rollouts.slot_time import SlotTime
 from distill.runs import RunFolder
+from distill.wire import decode, encode, travels
 from ncclx_py.elastic.errors import Dropped, ElasticError, EpochChanged, RunFinished
 from ncclx_py.elastic.journal import schedule
 from ncclx_py.elastic.lanes import Lane
@@ -43,6 +40,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 FATES = (EpochChanged, Dropped, RunFinished, Gone)
+travels(Seat)
+travels(Fetch)
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 ATTEMPTS = 10  # at one step with the same replicas, after which something must be wrong with how they are connected
 
@@ -51,6 +50,10 @@ class ReplicaError(DistillError):
     """The replicas cannot go on together: no store, no connection, settings that differ."""
 
     on_every_rank = True
+    exit_status = 1
+
+
+_RAISED = {"error": ReplicaError, **{fate.__name__: fate for fate in FATES}}
 
 
 class ManyReplicas(OneReplica):
@@ -81,6 +84,11 @@ class ManyReplicas(OneReplica):
             self.donor.log = SharedLog(trainer, lambda: self.leads)
         resumed = trainer.load_newest()
         self.member.start()
+        spec = self.spec
+        say(
+            f"replica {self.id}: asking for a seat at {spec.store}; the run begins with all of {spec.count} replicas, or after "
+            f"{spec.gather_s:g} s with at least {spec.min}"
+        )
         try:
             self._join(trainer)
         except RunFinished:
@@ -260,8 +268,8 @@ class ManyReplicas(OneReplica):
     def facts(self, made: Made) -> list[Made]:
         ranks: list[Made] = gathered(made)
         self._mine = [fact.sample for facts, _, _ in ranks for fact in facts]
-        answers = self._across("facts", [_made_to_json(part) for part in ranks])
-        return [_made_from_json(row) for replica in self._contributors for row in answers[replica]]
+        answers = self._across("facts", ranks)
+        return [made for replica in self._contributors for made in answers[replica]]
 
     def total(self, values: list[float]) -> list[float]:
         """Summed in the order of the replicas' ids, in fp64."""
@@ -280,7 +288,7 @@ class ManyReplicas(OneReplica):
         def meet() -> tuple[str | None, dict[int, Any]]:
             self.member.arrive(seat.epoch, stage)
             try:
-                return None, {r: json.loads(data) for r, data in lane.exchange(json.dumps(mine).encode()).items()}
+                return None, {r: decode(data) for r, data in lane.exchange(encode(mine)).items()}
             except (RuntimeError, ValueError) as error:
                 return f"{stage}: {_first_line(error)}", {}
 
@@ -367,21 +375,21 @@ class ManyReplicas(OneReplica):
     def _together(self, ask: Callable[[], T]) -> T:
         """Rank 0 asks, all ranks get the answer or raise what it raised."""
         while True:
-            answer: tuple[Any, Any] = ("", None)
+            answer: tuple[str, Any] = ("", None)
             if rank() == 0:
                 try:
                     answer = ("value", ask())
                 except StillWaiting:
                     answer = ("waiting", None)  # the other ranks must not wait in one collective for ever
                 except FATES as fate:
-                    answer = (type(fate), str(fate))
+                    answer = (type(fate).__name__, str(fate))
                 except ElasticError as error:
-                    answer = (ReplicaError, str(error))
+                    answer = ("error", str(error))
             kind, value = from_rank_0(answer)
             if kind == "value":
                 return value
             if kind != "waiting":
-                raise kind(value)
+                raise _RAISED[kind](value)
 
     def _agreed(self, ask: Callable[[], T]) -> T:
         """Every rank asks for itself; all go on, or all raise Gone."""
@@ -426,18 +434,6 @@ def _read_schedule(path: str | None) -> dict[int, list[int]] | None:
         return schedule(path)
     except ElasticError as error:
         raise ConfigError(f"engine.replicas.schedule: {error}") from None
-
-
-def _made_to_json(made: Made) -> list[Any]:
-    facts, problem, slot_time = made
-    rows = [{**asdict(fact), "source": fact.source.value} for fact in facts]
-    return [rows, problem, None if slot_time is None else asdict(slot_time)]
-
-
-def _made_from_json(row: list[Any]) -> Made:
-    facts, problem, slot_time = row
-    sequences = [SequenceFacts(**{**fact, "source": Source(fact["source"])}) for fact in facts]
-    return sequences, problem, None if slot_time is None else SlotTime(**slot_time)
 
 
 def _first_line(error: BaseException) -> str:

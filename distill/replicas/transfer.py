@@ -75,7 +75,7 @@ class Donor:
         new = [session for session in sessions if not self.server.has(session)]
         if new:
             files = trainer.checkpoints.snapshot(
-                trainer.engine, trainer.done, trainer.state(), trainer.teachers.copies.state()
+                trainer.engine, trainer.done, trainer.state(), trainer.teachers.state()
             )
             if rank() == 0:
                 files[ROWS] = json.dumps(self._rows()).encode()

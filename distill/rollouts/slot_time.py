@@ -19,7 +19,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from distill.wire import travels
 
+
+@travels
 @dataclass(slots=True)
 class SlotTime:
     """One rank's slot-time in one update; ``+=`` adds what another call of the same engine took."""

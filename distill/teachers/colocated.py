@@ -13,7 +13,7 @@ from distill.teachers.signals import Signal
 class Colocated:
     """A ``Scorer`` around a model in process. Nothing travels, and nothing is computed before it is wanted."""
 
-    ahead = False
+    ahead = may_be_lost = False
 
     def __init__(self, model: FrozenModel, kind: str, top_k: int) -> None:
         self.model, self._kind, self._top_k = model, kind, top_k
@@ -32,6 +32,9 @@ class Colocated:
 
     def cancel(self) -> None:
         self._waiting.clear()
+
+    def recover(self) -> bool:
+        return True
 
     def close(self) -> None:
         self.cancel()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import isfinite
 
 import torch
 from torch import Tensor, nn
@@ -27,13 +28,21 @@ class FrozenModel:
     @torch.no_grad()
     def hidden(self, batch: TokenBatch) -> Tensor:
         """Final hidden states ``[T, H]`` at the batch's supervised positions. Raises ModelError where somebody thawed the model."""
+        self.check()
+        return target_hidden(self.model, batch)
+
+    def check(self) -> None:
+        """Raises ModelError where somebody thawed the model."""
         if self.model.training or any(p.requires_grad for p in self.model.parameters()):
             state = "in training mode" if self.model.training else "given gradients"
             raise ModelError(
                 f"the {self.who} was {state} after it had been frozen: its dropout or its weights would change what it says. "
                 "Call eval() and requires_grad_(False) on it again, or give the run a model of its own"
             )
-        return target_hidden(self.model, batch)
+
+    def fingerprint(self) -> list[float]:
+        """That of all its parameters as they are now."""
+        return fingerprint(self.model)
 
     @torch.no_grad()
     def signal(self, batch: TokenBatch, kind: str, top_k: int) -> Signal:
@@ -49,6 +58,9 @@ def fingerprint(model: nn.Module, names: Iterable[str] | None = None) -> list[fl
 
 
 def close(ours: list[float], theirs: list[float]) -> bool:
-    """Whether two fingerprints agree to the rounding that another device may give them."""
+    """Whether two fingerprints agree to the rounding that another device may give them; those of NaN and infinity agree with
+    each other, and are reported where they reach the loss."""
+    if not all(map(isfinite, [*ours, *theirs])):
+        return [isfinite(a) for a in ours] == [isfinite(b) for b in theirs]
     scale = max(ours[1], theirs[1], 1e-300)
     return all(abs(a - b) <= 1e-6 * scale for a, b in zip(ours, theirs, strict=True))

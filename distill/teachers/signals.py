@@ -7,8 +7,9 @@ placement that holds the model; ``bytes_per_token`` is what each costs to send o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from distill.errors import DistillError
-from distill.kernels import token_logprobs
+from distill.kernels import LinearLogits, token_logprobs
 from distill.models import scale_and_cap, scaled_and_capped
 
 
@@ -58,10 +59,13 @@ class FullLogits:
     def logits(self) -> Tensor:
         return self.values
 
+    def operand(self) -> tuple[Tensor | LinearLogits, dict[str, Any]]:
+        """What functions of ``distill.kernels`` take as a student's logits, and the options that go with it."""
+        return self.values, {}
+
     def logprobs_at(self, token_ids: Tensor, temperature: float = 1.0) -> Tensor:
         """log p(id) ``[T]`` fp32 of ids ``[T]``, differentiable; 0 without gradient for negative ids."""
-        values, _ = token_logprobs(self.values, token_ids.unsqueeze(-1), temperature)
-        return values.squeeze(-1)
+        return _logprobs_at(self, token_ids, temperature)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +75,7 @@ class HiddenStates:
     kind: ClassVar[str] = "hidden"
     hidden: Tensor
     head: Head
+    budget: int | None = None  # bytes of fp32 logits alive at a time; None: the kernels' default
 
     def __len__(self) -> int:
         return len(self.hidden)
@@ -79,9 +84,21 @@ class HiddenStates:
         """``[T, V]``, computed at each call."""
         return self.head.logits(self.hidden.to(self.head.weight.dtype))
 
+    def operand(self) -> tuple[Tensor | LinearLogits, dict[str, Any]]:
+        """As ``FullLogits.operand``; logits are formed a few rows at a time where they are used."""
+        head = self.head
+        logits = LinearLogits(self.hidden.to(head.weight.dtype), head.weight, head.bias, self.budget)
+        return logits, {"student_scale": head.scale, "student_softcap": head.softcap}
+
     def logprobs_at(self, token_ids: Tensor, temperature: float = 1.0) -> Tensor:
         """As ``FullLogits.logprobs_at``."""
-        return FullLogits(self.logits()).logprobs_at(token_ids, temperature)
+        return _logprobs_at(self, token_ids, temperature)
+
+
+def _logprobs_at(signal: FullLogits | HiddenStates, token_ids: Tensor, temperature: float) -> Tensor:
+    logits, options = signal.operand()
+    values, _ = token_logprobs(logits, token_ids.unsqueeze(-1), temperature, **options)
+    return values.squeeze(-1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +128,11 @@ class SampledToken:
 
     kind: ClassVar[str] = "sampled"
     logprobs: Tensor
+    known: Tensor | None = None  # [T] bool: positions that the teacher says something about; None: all
+
+    def known_ids(self, token_ids: Tensor) -> Tensor:
+        """``token_ids [T]`` with −1, which losses skip, where the teacher says nothing."""
+        return token_ids if self.known is None else token_ids.masked_fill(~self.known, -1)
 
     def __len__(self) -> int:
         return len(self.logprobs)
@@ -128,7 +150,35 @@ class SampledToken:
         return torch.where(token_ids >= 0, self.logprobs, 0.0)
 
 
-Signal = FullLogits | HiddenStates | TopK | SampledToken
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Whole distributions of several teachers, each about its own of the T positions: vocabularies and heads may differ."""
+
+    parts: Sequence[tuple[Tensor, FullLogits | HiddenStates]]  # places [t], ascending, and what is said about them
+
+    @property
+    def kind(self) -> str:
+        return self.parts[0][1].kind
+
+    def __len__(self) -> int:
+        return sum(len(places) for places, _ in self.parts)
+
+    def logits(self) -> Tensor:
+        """``[T, V]`` of the largest vocabulary, computed at each call; −inf where a teacher's own ends."""
+        found = [signal.logits() for _, signal in self.parts]
+        width = max(logits.shape[1] for logits in found)
+        return self.joined([functional.pad(x, (0, width - x.shape[1]), value=-torch.inf) for x in found])
+
+    def logprobs_at(self, token_ids: Tensor, temperature: float = 1.0) -> Tensor:
+        """As ``FullLogits.logprobs_at``."""
+        return self.joined([signal.logprobs_at(token_ids[places], temperature) for places, signal in self.parts])
+
+    def joined(self, values: Sequence[Tensor]) -> Tensor:
+        """What belongs to each part's positions ``[t, …]`` in the order of all, ``[T, …]``."""
+        return torch.cat(list(values))[torch.cat([places for places, _ in self.parts]).argsort()]
+
+
+Signal = FullLogits | HiddenStates | TopK | SampledToken | Parts
 
 _LACKS = "teacher.signal={} does not hold {}; use {}"
 

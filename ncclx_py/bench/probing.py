@@ -26,6 +26,7 @@ import torch.distributed as dist
 from ncclx_py.plans.algorithms.layout import owner
 from ncclx_py.plans.plan import Program, RankPlan, Span
 from ncclx_py.plans.topology import DEFAULT_INTER, DEFAULT_INTRA, Link, Topology
+from ncclx_py.small_messages import gather_json
 from ncclx_py.transport.executor import Executor
 from ncclx_py.transport.fabric import Fabric
 from ncclx_py.transport.signature import Signature
@@ -182,9 +183,7 @@ class _Probe:
             dist.barrier()
             start = time.perf_counter()
             self._executor.run(schedule, buffers, None, signature, time.monotonic() + self._timeout)
-            taken: list[float] = [0.0] * dist.get_world_size()
-            dist.all_gather_object(taken, time.perf_counter() - start)
-            everyone.append(taken)
+            everyone.append(gather_json(time.perf_counter() - start))
         return everyone[1:]
 
 

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch.distributed as dist
 
 from ncclx_py.bench.timing import Times, times_of
+from ncclx_py.small_messages import broadcast_json
 
 _LEAD = 256 * 1024  # bytes before the clock starts: more than a shaped link lets pass for free
 _CHUNK = 1 << 20
@@ -30,12 +31,11 @@ class RawTransfer:
         self._streams: list[socket.socket] = []
         self._sender = sender
         listeners = [socket.create_server((address, 0)) for address in addresses[receiver]] if self._receives else []
-        where = [[listener.getsockname() for listener in listeners]]
-        dist.broadcast_object_list(where, receiver, group=control)
+        where = broadcast_json([listener.getsockname()[:2] for listener in listeners], receiver, control)
         if self._sends:
             self._streams = [
-                socket.create_connection(target, _DEADLINE, source_address=(mine, 0))
-                for target, mine in zip(where[0], addresses[sender])
+                socket.create_connection(tuple(target), _DEADLINE, source_address=(mine, 0))
+                for target, mine in zip(where, addresses[sender])
             ]
         for listener in listeners:
             listener.settimeout(_DEADLINE)
@@ -56,9 +56,7 @@ class RawTransfer:
                 start = time.perf_counter()
                 list(together(move, self._streams, per_rail))
                 samples.append(time.perf_counter() - start)
-        answer = [samples]
-        dist.broadcast_object_list(answer, self._sender, group=self._control)
-        return times_of(answer)
+        return times_of([broadcast_json(samples, self._sender, self._control)])
 
     def close(self) -> None:
         for stream in self._streams:

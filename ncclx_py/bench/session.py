@@ -29,6 +29,7 @@ from ncclx_py.bench.timing import measure, synchronize
 from ncclx_py.plans.problems import payload
 from ncclx_py.plans.spec import topology_for
 from ncclx_py.plans.topology import Topology
+from ncclx_py.small_messages import gather_json
 from ncclx_py.transport.identity import addresses, host_id, rail_names
 
 _TCP_REPEATS = 3
@@ -75,8 +76,7 @@ def _meet() -> _World:
     control = dist.group.WORLD
     assert control is not None
     mine = (host_id(os.environ), len(rail_names(os.environ)), addresses(os.environ))
-    everyone: list[tuple[str, int, tuple[str, ...]]] = [mine] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
+    everyone = gather_json(mine)
     names = list(dict.fromkeys(host for host, _, _ in everyone))
     host_of = [names.index(host) for host, _, _ in everyone]
     topology = topology_for(host_of, mine[1], os.environ)

@@ -121,15 +121,18 @@ def real(size: int, repeats: int) -> Row:
     """`repeats` starts of each backend with `size` processes, after a cold one, and one that is counted."""
     context = multiprocessing.get_context("fork")
     pipes, processes = [], []
-    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     plan = [(backend, False) for _ in range(repeats + 1) for backend in BACKENDS] + [(name, True) for name in BACKENDS]
     for rank in range(size):
         mine, theirs = context.Pipe()
         pipes.append(mine)
-        processes.append(context.Process(target=_rank, args=(rank, size, server.port, plan, theirs), daemon=True))
+        processes.append(context.Process(target=_rank, args=(rank, size, plan, theirs), daemon=True))
     try:
         for process in processes:
             process.start()
+        # After they have been forked: the server has threads, and a fork may find one of them holding a lock.
+        server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        for pipe in pipes:
+            pipe.send(server.port)
         rounds = [[_answer(pipe, rank) for rank, pipe in enumerate(pipes)] for _ in plan]
     finally:
         for process in processes:
@@ -161,10 +164,10 @@ def _answer(pipe: Connection, rank: int) -> tuple[float, int, int]:
     return seconds, messages, moved
 
 
-def _rank(rank: int, size: int, port: int, plan: Sequence[tuple[str, bool]], pipe: Connection) -> None:
+def _rank(rank: int, size: int, plan: Sequence[tuple[str, bool]], pipe: Connection) -> None:
     torch.set_num_threads(1)
     try:
-        client = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=DEADLINE)
+        client = dist.TCPStore("127.0.0.1", pipe.recv(), is_master=False, timeout=DEADLINE)
         for number, (backend, counted) in enumerate(plan):
             store: Any = dist.PrefixStore(f"round-{number}", client)
             if counted:

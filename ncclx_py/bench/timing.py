@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from ncclx_py.small_messages import gather_json
+
 _SAMPLE_SECONDS = 0.05
 _MOST_INNER = 50
 _LONG = 0.3  # seconds from which a call is timed alone: what links let pass for free is then below 2 %
@@ -54,8 +56,7 @@ def measure(
     for _ in range(iters):
         for call, repeats, samples in zip(calls, inner, mine):
             samples.append(_sample(call, control, repeats, device))
-    everyone: list[list[list[float]]] = [[] for _ in range(dist.get_world_size(control))]
-    dist.all_gather_object(everyone, mine, group=control)
+    everyone = gather_json(mine, control)
     return [times_of([samples[which] for samples in everyone]) for which in range(len(calls))]
 
 

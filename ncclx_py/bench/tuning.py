@@ -28,6 +28,7 @@ from ncclx_py.plans.spec import topology_for
 from ncclx_py.plans.table import Row, signature
 from ncclx_py.plans.topology import Topology
 from ncclx_py.plans.tuner import Candidate, Tuner
+from ncclx_py.small_messages import gather_json
 from ncclx_py.transport.identity import host_id, rail_names
 
 _READ_BY_GROUPS = ("NCCLX_ALGO", "NCCLX_RULES", "NCCLX_TABLE", "NCCLX_PLAN", "NCCLX_DETERMINISTIC")
@@ -81,8 +82,7 @@ def tune(
 def where_everyone_is() -> Topology:
     """The topology of the job, from what each rank knows of its host. Every rank of the default group must call it."""
     mine = (host_id(os.environ), len(rail_names(os.environ)))
-    everyone = [mine] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
+    everyone = gather_json(mine)
     names = list(dict.fromkeys(host for host, _ in everyone))
     return topology_for([names.index(host) for host, _ in everyone], mine[1], os.environ)
 
@@ -133,9 +133,7 @@ class _Collective:
                 fault = f"rank {dist.get_rank()}: {wrong} wrong elements"
         except CollectiveError as error:
             fault = f"rank {dist.get_rank()}: {error}"
-        faults = [""] * dist.get_world_size()
-        dist.all_gather_object(faults, fault, group=control)
-        return next(filter(None, faults), "")
+        return next(filter(None, gather_json(fault, control)), "")
 
     def _group(self, one: Candidate) -> dist.ProcessGroup:
         name = forced(self._collective, one)

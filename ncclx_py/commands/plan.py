@@ -20,8 +20,7 @@ from typing import Any
 from ncclx_py.environment import read_launch
 from ncclx_py.plans.algorithms.registry import ALGORITHMS, build
 from ncclx_py.plans.bounds import lower_bound
-from ncclx_py.plans.errors import PlanError
-from ncclx_py.plans.files import plan_from_json, write_plan
+from ncclx_py.plans.files import check_plan, load_plan, write_plan
 from ncclx_py.plans.plan import Plan, Problem
 from ncclx_py.plans.problems import uniform
 from ncclx_py.plans.replay import replay
@@ -108,16 +107,9 @@ def _show(plan: Plan, topology: Topology, args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> int:
-    try:
-        text = args.check.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{args.check}: cannot be read: {error}.") from error
-    plan = plan_from_json(text, str(args.check))
+    plan = load_plan(args.check)
     topology = _topology(args, os.environ)[0] if args.topology or args.hosts else None
-    try:
-        verify(plan, topology)
-    except PlanError as error:
-        raise ValueError(f"{args.check}: the plan is wrong: {error}") from error
+    check_plan(plan, args.check, plan.problem.size, topology)
     print(f"{args.check}: correct")
     print(phases_text(plan))
     return 0

@@ -26,13 +26,14 @@ from ncclx_py.plans.spec import VARIABLE
 from ncclx_py.plans.spec_file import Spec, place, read_spec
 from ncclx_py.plans.topology import Link, Topology
 from ncclx_py.simulate import sweep, timeline
+from ncclx_py.simulate.chakra import is_chakra, read_chakra
 from ncclx_py.simulate.cluster import Cluster
 from ncclx_py.simulate.path import critical_path
 from ncclx_py.simulate.predict import Prediction, predict
 from ncclx_py.simulate.start_report import MODES, startup_facts, startup_text
 from ncclx_py.simulate.workload import replay, workload_text
 from ncclx_py.units import format_size, format_time, parse_size, parse_time
-from ncclx_py.watch.reading import read_job
+from ncclx_py.watch.reading import dump_files, read_job
 
 NAME = "simulate"
 HELP = "predict a collective at a scale that is not there: time, bound, busiest links, critical path"
@@ -82,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workload",
         type=Path,
         metavar="DIR",
-        help="instead of COLLECTIVE: the traces of a job, at the scale of this cluster",
+        help="instead of COLLECTIVE: the traces of a job (ours, or Chakra's as JSON), at the scale of this cluster",
     )
     parser.add_argument("--groups", type=int, default=0, metavar="N", help=f"{STARTUP}: sub-groups of each rank")
     mode = parser.add_mutually_exclusive_group()
@@ -125,10 +126,12 @@ def _startup(args: argparse.Namespace) -> int:
 
 
 def _workload(args: argparse.Namespace) -> int:
-    job = read_job(args.workload)
+    cluster = cluster_of(args, args.hosts)
+    chakra = is_chakra(args.workload) and not dump_files(args.workload)
+    job = read_chakra(args.workload, cluster.topology.widest) if chakra else read_job(args.workload)
     for complaint in job.complaints:
         print(f"ncclx simulate: {complaint}", file=sys.stderr)
-    rows, left_out = replay(job, cluster_of(args, args.hosts), _tell(args))
+    rows, left_out = replay(job, cluster, _tell(args))
     if args.json:
         found = {"recorded_ranks": job.world_size, "missing_ranks": job.missing, "left_out": left_out}
         print(json.dumps({**found, "calls": [row._asdict() for row in rows]}, indent=2))

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import timedelta
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from ncclx_py.elastic.client import Client
 from ncclx_py.elastic.errors import ElasticError
-from ncclx_py.runtime.registration import make_group
+from ncclx_py.runtime.registration import join_group
 
 BACKENDS = ("ncclx", "gloo", "nccl")
 CHUNK = 32 << 20  # elements summed at a time
@@ -88,7 +87,7 @@ class Lane:
         if len(members) > 1:
             store = KeyStore(client, f"epoch/{epoch}/lane/{lane}/", timeout_s)
             name = f"replicas.lane{lane}.epoch{epoch}"
-            group = _make_group(backend, store, list(members).index(replica), len(members), timeout_s, name)
+            group = connect_group(backend, store, list(members).index(replica), range(len(members)), timeout_s, name)
         return cls(group, members, replica, device)
 
     def abort(self) -> None:
@@ -171,17 +170,32 @@ class _Native:
     def all_gather_single(self, output: Tensor, source: Tensor) -> Any:
         return self._native._allgather_base(output, source)
 
+    def broadcast(self, tensors: list[Tensor], root: int) -> Any:
+        options = dist.BroadcastOptions()
+        options.rootRank = root
+        return self._native.broadcast(tensors, options)
+
     def abort(self) -> None:
         self._native.abort()
 
+    def shutdown(self) -> None:
+        """gloo closes its connections with its last reference."""
+        if hasattr(self._native, "shutdown"):
+            self._native.shutdown()
 
-def _make_group(backend: str, store: Any, rank: int, size: int, timeout_s: float, name: str) -> Any:
-    timeout = timedelta(seconds=timeout_s)
+    def peers(self) -> dict[int, str]:
+        """Nothing is known of other processes."""
+        return {}
+
+
+def connect_group(
+    backend: str, store: Any, rank: int, ranks: Sequence[int], timeout_s: float, name: str, world: bool = True
+) -> Any:
+    """This rank's part, number `rank`, in a group of the given backend, with the methods that lanes use. `ranks` are their numbers
+    in traces; `world`: these are all there are."""
+    timeout, size = timedelta(seconds=timeout_s), len(ranks)
     if backend == "ncclx":
-        how = SimpleNamespace(
-            global_ranks_in_group=[], group_size=size, group_rank=rank, group_id=name, store=store, timeout=timeout
-        )
-        return make_group(how, None)
+        return join_group(store, name, ranks, rank, timeout, world=world)
     if backend == "gloo":
         return _Native(dist.ProcessGroupGloo(store, rank, size, timeout))
     if backend == "nccl":

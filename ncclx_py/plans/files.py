@@ -17,6 +17,7 @@ from typing import Any, TypeVar, cast
 
 from ncclx_py.plans.errors import PlanError, PlanFileError
 from ncclx_py.plans.plan import Collective, Op, Plan, Problem, RankPlan, Span, Step
+from ncclx_py.plans.topology import Topology
 from ncclx_py.plans.verify import verify
 
 SCHEMA = "ncclx plan 1"
@@ -31,18 +32,28 @@ def write_plan(plan: Plan, path: str | Path) -> None:
 
 def read_plan(path: str | Path, size: int) -> Plan:
     """The plan in a file, verified. Raises `PlanFileError` when it cannot be read, is for other than `size` ranks or is wrong."""
+    plan = load_plan(path)
+    check_plan(plan, path, size)
+    return plan
+
+
+def load_plan(path: str | Path) -> Plan:
+    """The plan in a file, well-formed. Raises `PlanFileError` when it cannot be read."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise PlanFileError(f"{path}: cannot be read: {error}") from error
-    plan = plan_from_json(text, str(path))
+        raise PlanFileError(f"{path} cannot be read: {error}") from error
+    return plan_from_json(text, str(path))
+
+
+def check_plan(plan: Plan, path: str | Path, size: int, topology: Topology | None = None) -> None:
+    """Raises `PlanFileError` unless the plan of a file is for `size` ranks and right; with `topology` for these hosts, too."""
     if plan.problem.size != size:
         raise PlanFileError(f"{path}: the plan is for {plan.problem.size} ranks; this group has {size}")
     try:
-        verify(plan)
+        verify(plan, topology)
     except PlanError as error:
         raise PlanFileError(f"{path}: the plan is wrong: {error}") from error
-    return plan
 
 
 def plan_to_json(plan: Plan) -> str:

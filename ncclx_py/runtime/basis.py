@@ -10,19 +10,17 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 from ncclx_py.device_facts import host_facts
 from ncclx_py.errors import CollectiveError
-from ncclx_py.plans.errors import PlanError
-from ncclx_py.plans.files import plan_from_json
+from ncclx_py.plans.errors import PlanFileError
+from ncclx_py.plans.files import check_plan, load_plan
 from ncclx_py.plans.plan import Plan
 from ncclx_py.plans.spec import Facts, resolve, topology_for
 from ncclx_py.plans.spec_file import read_spec
 from ncclx_py.plans.topology import Topology
 from ncclx_py.plans.tuner import Tuner
-from ncclx_py.plans.verify import verify
 from ncclx_py.runtime.settings import Settings, differences, read_settings, shared_part
 from ncclx_py.transport.exchange import exchange
 
@@ -142,16 +140,10 @@ def _outside(member: Membership, topology: Topology, path: str) -> Plan | None:
     if not path:
         return None
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"The plan file NCCLX_PLAN={path} cannot be read: {error}.") from error
-    plan = plan_from_json(text, path)
-    if plan.problem.size != member.size:
-        if member.world:
-            raise ValueError(f"{path}: the plan is for {plan.problem.size} ranks; this group has {member.size}.")
-        return None
-    try:
-        verify(plan, topology)
-    except PlanError as error:
-        raise ValueError(f"{path}: the plan is wrong and will not run: {error}.") from error
+        plan = load_plan(path)
+        if plan.problem.size != member.size and not member.world:
+            return None
+        check_plan(plan, path, member.size, topology)
+    except PlanFileError as error:
+        raise ValueError(f"NCCLX_PLAN: {error}.") from error
     return plan

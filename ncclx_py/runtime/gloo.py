@@ -20,6 +20,7 @@ from ncclx_py.errors import Call
 from ncclx_py.runtime.basis import Membership
 from ncclx_py.runtime.choices import Decision
 from ncclx_py.runtime.local import Launch, LocalBackend, guarded
+from ncclx_py.runtime.meeting import MeetingStore
 from ncclx_py.runtime.pending import Pending
 from ncclx_py.runtime.planned import Alone, connect
 from ncclx_py.runtime.progress import Job
@@ -50,11 +51,13 @@ class GlooBackend(LocalBackend):
     )
 
     def __init__(self, store: Any, member: Membership, timeout: timedelta) -> None:
-        native: Any = dist.ProcessGroupGloo(store, member.rank, member.size, timeout)
+        where = MeetingStore(store, member.rank, member.size, timeout) if member.size > 1 else store
+        native: Any = dist.ProcessGroupGloo(where, member.rank, member.size, timeout)
         native.options.global_ranks_in_group = list(member.ranks)
         native.options.group_name = member.group
         native._set_sequence_number_for_group()
         super().__init__(native, member.rank, member.size)
+        self._meeting = where  # gloo's own reference does not keep a store of Python's alive
         self._plans = connect(store, member, self._timeout) if member.size > 1 else None
         self._collectives = self._plans or Alone()
         self._batch: list[CollectiveWork] | None = None

@@ -66,7 +66,7 @@ class GroupBase(_ProcessGroup):
         has been started."""
         return Call(
             op,
-            self._group_name,
+            self._facts.name,
             self.rank(),
             self.size(),
             self._sequence + 1,
@@ -80,7 +80,7 @@ class GroupBase(_ProcessGroup):
         that the number is the same at both ends."""
         sequence = self._messages.get((op, peer), 0) + 1
         return Call(
-            op, self._group_name, self.rank(), self.size(), sequence, history=self._history, message=True, peer=peer
+            op, self._facts.name, self.rank(), self.size(), sequence, history=self._history, message=True, peer=peer
         )
 
     def start(

@@ -9,6 +9,8 @@ becomes "undefined"), which programs that never asked for us should not see.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
@@ -16,6 +18,8 @@ import torch.distributed as dist
 from ncclx_py.faults.inject import armed
 
 BACKEND = "ncclx"
+
+_part: tuple[str, tuple[int, ...]] = ("", ())  # see `number_ranks`
 
 
 def register() -> None:
@@ -34,20 +38,40 @@ def register() -> None:
         )
 
 
+def number_ranks(part: str, numbers: Sequence[int]) -> None:
+    """Says that the default group is one `part` of those that a launcher's job is split into: its rank r is rank ``numbers[r]``
+    of the job, in traces, verdicts, injected faults and topology files, where its groups are named ``PART/NAME``. For groups made
+    from now on; ("", ()) takes it back."""
+    global _part
+    _part = (part, tuple(numbers))
+
+
 def make_group(how: Any, options: Any) -> Any:
     """Called by torch for each group that this rank is a member of; `how` are c10d's ``_DistributedBackendOptions``."""
+    everyone = not how.global_ranks_in_group
+    ranks = tuple(how.global_ranks_in_group) or tuple(range(how.group_size))
+    part, numbers = _part
+    if not part:
+        return join_group(how.store, how.group_id, ranks, how.group_rank, how.timeout, options, everyone)
+    ranks = tuple(numbers[rank] for rank in ranks)
+    return join_group(how.store, f"{part}/{how.group_id}", ranks, how.group_rank, how.timeout, options)
+
+
+def join_group(
+    store: Any, name: str, ranks: Sequence[int], rank: int, timeout: timedelta, options: Any = None, world: bool = False
+) -> Any:
+    """This rank's part, number `rank`, in a new group of the job's `ranks`, which torch need not know; every member calls it
+    with a store for this group alone. `world`: these are all ranks of the job."""
     from ncclx_py.runtime.basis import Membership  # not needed before a group is made, like what it imports
     from ncclx_py.runtime.process_group import NcclxProcessGroup
 
-    everyone = not how.global_ranks_in_group
-    ranks = tuple(how.global_ranks_in_group) or tuple(range(how.group_size))
-    member = Membership(how.group_id, how.group_rank, ranks, world=everyone)
+    member = Membership(name, rank, tuple(ranks), world)
     injector = armed(os.environ)
     if injector is not None:
         from ncclx_py.faults.group import make
 
-        return make(injector, how.store, member, how.timeout, options)
-    return NcclxProcessGroup(how.store, member, how.timeout, options)
+        return make(injector, store, member, timeout, options)
+    return NcclxProcessGroup(store, member, timeout, options)
 
 
 def group_of(group: Any) -> Any:

@@ -1,10 +1,11 @@
 """Predicted against measured on emulated hosts: probes the links, times the algorithms, plays the same plans. Needs root.
 
-python -m ncclx_py.simulate.accuracy --shapes 2x4,4x2,3x2 --rates 200mbit,1gbit --json accuracy.json
+python -m ncclx_py.simulate.accuracy --shapes 2x4,4x2 --rates 200mbit,1gbit --json accuracy.json
+python -m ncclx_py.simulate.accuracy --replay accuracy.json     # no measurement: what was recorded, predicted by today's model
 
-Nothing is fitted to what is compared: α, bandwidths and memory come from ``ncclx probe`` on the same cluster (single messages and
-streams), the plans from the same registry. One thing is added, since emulated hosts share a machine: a rank's own work takes
-ranks / cores times as long as on a machine of its own.
+Nothing is fitted to what is compared: α and bandwidths come from ``ncclx probe`` on the same cluster (single messages and
+streams), what messages, calls and bytes cost the machine that all hosts share from ``bench/sharing.py`` (no collective that
+moves data), the burst of shaped links is what they are told, and the plans come from the same registry.
 """
 
 from __future__ import annotations
@@ -17,22 +18,30 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from ncclx_py.plans.algorithms.registry import build
 from ncclx_py.plans.problems import uniform
 from ncclx_py.plans.spec import resolve
 from ncclx_py.plans.spec_file import read_spec
 from ncclx_py.plans.table import Row, read_table
-from ncclx_py.plans.topology import Topology
+from ncclx_py.plans.topology import Link, Topology
 from ncclx_py.simulate.cluster import Cluster
-from ncclx_py.simulate.events import play
-from ncclx_py.simulate.schedule import from_plan
+from ncclx_py.simulate.machine import Machine
+from ncclx_py.simulate.shared import call_seconds
 from ncclx_py.units import format_size, format_time
 
-_SECONDS = 900.0  # for all measurements on one cluster
+_SECONDS = 1800.0  # for all measurements on one cluster
+_BURST = 128 << 10  # bytes
+_CONGESTION = Path("/proc/sys/net/ipv4/tcp_congestion_control")  # which emulated hosts take over
+_REGIMES: tuple[tuple[str, Callable[[int], bool]], ...] = (
+    ("up to 64 KiB", lambda size: size <= 64 << 10),
+    ("between", lambda size: 64 << 10 < size < 1 << 20),
+    ("1 MiB and more", lambda size: size >= 1 << 20),
+)
 
 
 @dataclass(frozen=True)
@@ -66,29 +75,69 @@ class Summary:
     near: float = 0.05
 
 
-def measure(shape: str, rate: str, collectives: Sequence[str], sizes: tuple[str, str, str], folder: Path) -> list[Row]:
-    """Runs probe and tune on emulated hosts; leaves ``topology.toml`` and returns the table. RuntimeError when they fail."""
+@dataclass(frozen=True)
+class Probed:
+    """What was measured of a cluster before any collective was."""
+
+    topology: Topology
+    machine: Machine
+
+    def to_json(self) -> dict[str, Any]:
+        return {"topology": asdict(self.topology), "machine": asdict(self.machine)}
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> Probed:
+        known = found["topology"]
+        topology = Topology(
+            tuple(known["host_of"]),
+            known["rails"],
+            Link(**known["intra"]),
+            Link(**known["inter"]),
+            tuple(map(tuple, known["nics"])),
+        )
+        return cls(topology, Machine(**found["machine"]))
+
+
+def measure(
+    shape: str, rate: str, collectives: Sequence[str], sizes: Sequence[str], iters: int, folder: Path
+) -> tuple[Probed, list[Row]]:
+    """Probes an emulated cluster and times the algorithms on it. RuntimeError when that fails."""
     begin, end, factor = sizes
-    table = folder / "table.json"
-    launch = [sys.executable, "-m", "ncclx_py", "launch", "emulate", shape, "--rate", rate, "--", "-m", "ncclx_py"]
+    table, links, shared = folder / "table.json", folder / "topology.toml", folder / "machine.json"
+    launch = [
+        sys.executable,
+        "-m",
+        "ncclx_py",
+        "launch",
+        "emulate",
+        shape,
+        "--rate",
+        rate,
+        "--burst",
+        str(_BURST),
+        "--",
+    ]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    tune = ["tune", *collectives, "-b", begin, "-e", end, "-f", factor, "--hopeless", "4", "--iters", str(iters)]
     for words in (
-        ["probe", "-o", str(folder / "topology.toml")],
-        ["tune", *collectives, "-b", begin, "-e", end, "-f", factor, "--hopeless", "4", "-o", str(table)],
+        ["-m", "ncclx_py", "probe", "-o", str(links)],
+        ["-m", "ncclx_py.bench.sharing", str(shared)],
+        ["-m", "ncclx_py", *tune, "-o", str(table)],
     ):
         done = subprocess.run([*launch, *words], env=env, capture_output=True, text=True, timeout=_SECONDS, check=False)
         if done.returncode:
-            raise RuntimeError(f"{' '.join(words[:1])} on {shape} at {rate} failed:\n{done.stderr[-2000:]}")
-    return [row for row in read_table(table).rows if row.correct]
+            raise RuntimeError(f"{' '.join(words[1:3])} on {shape} at {rate} failed:\n{done.stderr[-2000:]}")
+    spec = read_spec(links)
+    topology = resolve(spec.host_of, 0, spec, world="probed").topology
+    machine = Machine(**{**json.loads(shared.read_text(encoding="utf-8")), "burst": float(_BURST)})
+    return Probed(topology, machine), [row for row in read_table(table).rows if row.correct]
 
 
-def predict(row: Row, topology: Topology, cores: int) -> float:
-    """Seconds of what a row measured, played on `topology` with its ranks on `cores` cores in all."""
-    problem = uniform(row.collective, topology.size, row.bytes, 4)  # type: ignore[arg-type]
-    plan = build(problem, topology, row.algorithm, row.parameters)
-    crowd = max(1.0, topology.size / cores)
-    cluster = Cluster(topology, slowness=dict.fromkeys(range(topology.size), crowd))
-    return play(from_plan(plan, 4), cluster).seconds
+def predict(collective: str, size: int, algorithm: str, parameters: dict[str, int], probed: Probed) -> float:
+    """Seconds of a call of `size` bytes, as it is timed, on the cluster that was probed."""
+    problem = uniform(collective, probed.topology.size, size, 4)  # type: ignore[arg-type]
+    plan = build(problem, probed.topology, algorithm, parameters)
+    return call_seconds(plan, 4, Cluster(probed.topology), probed.machine)
 
 
 def summarise(points: Sequence[Point], near: float = 0.05) -> Summary:
@@ -118,13 +167,67 @@ def as_text(points: Sequence[Point], summary: Summary) -> str:
             f"{point.cluster:<16} {point.collective:<12} {format_size(point.bytes):>8}  {point.algorithm + values:<22} "
             f"{format_time(point.measured_s):>10} {format_time(point.predicted_s):>10}  {100 * point.error:4.0f} %"
         )
-    lines.append(
-        f"{summary.points} points: median error {100 * summary.median_error:.0f} %, "
-        f"90th percentile {100 * summary.p90_error:.0f} %; "
-        f"the predicted winner was the fastest in {summary.winners} of {summary.contests} contests, "
-        f"within {100 * summary.near:.0f} % of it in {summary.near_winners}"
-    )
+    lines.append(_told("all", summary))
+    for name, belongs in _REGIMES:
+        part = [point for point in points if belongs(point.bytes)]
+        if part:
+            lines.append(_told(name, summarise(part, summary.near)))
     return "\n".join(lines)
+
+
+def _told(what: str, summary: Summary) -> str:
+    return (
+        f"{what + ':':<16} {summary.points:>3} points, median error {100 * summary.median_error:.0f} %, "
+        f"90th percentile {100 * summary.p90_error:.0f} %; the predicted winner was the fastest in "
+        f"{summary.winners} of {summary.contests} contests, within {100 * summary.near:.0f} % of it in {summary.near_winners}"
+    )
+
+
+def _measured(args: argparse.Namespace, sizes: Sequence[str]) -> tuple[dict[str, Probed], list[Point]]:
+    clusters: dict[str, Probed] = {}
+    points: list[Point] = []
+    for shape in args.shapes.split(","):
+        for rate in args.rates.split(","):
+            name = f"{shape} {rate}"
+            print(f"… {name}", file=sys.stderr, flush=True)
+            with tempfile.TemporaryDirectory() as folder:
+                probed, rows = measure(shape, rate, args.collectives.split(","), sizes, args.iters, Path(folder))
+            clusters[name] = probed
+            for row in rows:
+                parameters = dict(row.parameters)
+                predicted = predict(row.collective, row.bytes, row.algorithm, parameters, probed)
+                points.append(
+                    Point(name, row.collective, row.bytes, row.algorithm, parameters, row.median_s, predicted)
+                )
+    return clusters, points
+
+
+def _replayed(path: Path) -> tuple[dict[str, Probed], list[Point]]:
+    """What a file of ``--json`` holds, predicted anew. Raises ValueError where it is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        clusters = {name: Probed.from_json(one) for name, one in found["clusters"].items()}
+        old = [Point(**one) for one in found["points"]]
+        if not old:
+            raise ValueError(f"--replay {path} holds no points: measure again.")
+        return clusters, [
+            Point(
+                **{
+                    **asdict(one),
+                    "predicted_s": predict(
+                        one.collective, one.bytes, one.algorithm, one.parameters, clusters[one.cluster]
+                    ),
+                }
+            )
+            for one in old
+        ]
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"--replay {path} cannot be read: {error}.") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"--replay {path} is not what --json writes (with the probed clusters): {error!r} is missing or wrong. "
+            "Measure again."
+        ) from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -135,35 +238,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--collectives", default="all_reduce,all_to_all", metavar="C,…")
     parser.add_argument("--sizes", default="64KiB,4MiB,8", metavar="FIRST,LAST,FACTOR", help="default 64KiB,4MiB,8")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write points and summary")
+    parser.add_argument("--iters", type=int, default=9, metavar="N", help="samples of each point (default 9)")
+    parser.add_argument(
+        "--replay", type=Path, metavar="FILE", help="measure nothing: predict what FILE (--json) recorded"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the probed clusters, points and summary")
     args = parser.parse_args(argv)
-    sizes = tuple(args.sizes.split(","))
+    sizes = args.sizes.split(",")
     if len(sizes) != 3:
         parser.error(f"--sizes {args.sizes}: give first, last and factor, as in 64KiB,4MiB,8.")
-    points: list[Point] = []
-    for shape in args.shapes.split(","):
-        for rate in args.rates.split(","):
-            print(f"… {shape} at {rate}", file=sys.stderr, flush=True)
-            with tempfile.TemporaryDirectory() as folder:
-                try:
-                    rows = measure(
-                        shape, rate, args.collectives.split(","), (sizes[0], sizes[1], sizes[2]), Path(folder)
-                    )
-                except (RuntimeError, subprocess.TimeoutExpired) as error:
-                    print(f"error: {error}", file=sys.stderr)
-                    return 1
-                spec = read_spec(Path(folder) / "topology.toml")
-                topology = resolve(spec.host_of, 0, spec, world="probed").topology
-            for row in rows:
-                predicted = predict(row, topology, os.cpu_count() or 1)
-                name = f"{shape} {rate}"
-                points.append(
-                    Point(name, row.collective, row.bytes, row.algorithm, dict(row.parameters), row.median_s, predicted)
-                )
+    if args.iters < 1:
+        parser.error(f"--iters {args.iters}: at least one.")
+    try:
+        clusters, points = _replayed(args.replay) if args.replay is not None else _measured(args, sizes)
+    except (RuntimeError, subprocess.TimeoutExpired) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     summary = summarise(points)
     print(as_text(points, summary))
     if args.json is not None:
-        found = {"summary": asdict(summary), "points": [asdict(point) for point in points]}
+        found = {
+            "summary": asdict(summary),
+            "congestion_control": _CONGESTION.read_text(encoding="utf-8").strip()
+            if args.replay is None
+            else "recorded",
+            "clusters": {name: probed.to_json() for name, probed in clusters.items()},
+            "points": [asdict(point) for point in points],
+        }
         args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return 0
 

@@ -248,10 +248,14 @@ def _exchange_cards(store: Any, mine: Card, size: int, timeout: timedelta) -> li
     for card in cards:
         if card.rails != mine.rails or card.rails_named != mine.rails_named:
             raise ValueError(
-                f"rank {card.rank} has {card.rails} rails and rank {mine.rank} has {mine.rails}: set NCCLX_RAILS to as "
+                f"rank {card.rank} has {_rails(card)} and rank {mine.rank} has {_rails(mine)}: set NCCLX_RAILS to as "
                 "many interfaces on every host."
             )
     return cards
+
+
+def _rails(card: Card) -> str:
+    return f"{card.rails} rails named in NCCLX_RAILS" if card.rails_named else "NCCLX_RAILS not set"
 
 
 def _after_fork() -> None:

@@ -75,13 +75,28 @@ def base_overrides(tiny_models: dict[str, Path]) -> list[str]:
     ]
 
 
+# What a training run imports, the parts that it imports late too.
+TRAINER = ("distill.train", "distill.trainer", "transformers.models.qwen3.modeling_qwen3", "matplotlib.figure")
+
+
+def trainers(size: int) -> RankPool:
+    """A pool of ranks that have imported the trainer."""
+    return RankPool(size, preload=TRAINER)
+
+
 @pytest.fixture(scope="session")
 def one_rank() -> Iterator[RankPool]:
-    with RankPool(1) as pool:
+    with trainers(1) as pool:
         yield pool
 
 
 @pytest.fixture(scope="session")
 def two_ranks() -> Iterator[RankPool]:
-    with RankPool(2) as pool:
+    with trainers(2) as pool:
         yield pool
+
+
+@pytest.fixture(scope="session")
+def make_trainers() -> Callable[[int], RankPool]:
+    """``make_trainers(size)``: ranks of a test's own, to be used in a ``with`` block."""
+    return trainers

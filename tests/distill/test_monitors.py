@@ -10,7 +10,7 @@ import pytest
 
 from distill.config import MonitorSection
 from distill.methods.base import BatchFacts, SequenceFacts, Source
-from distill.monitors import Average, Monitors, WordCounter, text_figures
+from distill.monitors import Average, Monitors, WordCounter, same_weights, text_figures
 
 pytestmark = pytest.mark.unit
 
@@ -135,3 +135,40 @@ def test_state_is_complete() -> None:
     again = [step(other, length=5 + i, norm=1.0 + i % 3, student_entropy=1.0 - 0.05 * i) for i in range(6, 12)]
     assert again == rows[6:]
     assert any("alarm/length_blow_up" in row for row, _ in again)
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "logprobs"])
+def test_a_teacher_that_says_what_the_student_says_is_reported(name: str) -> None:
+    def step(distance: float) -> tuple[list[str], dict[str, float]]:
+        figures = {"train/grad_norm": 1.0, "monitor/student_logprob": -2.0, "monitor/teacher_logprob": -2.0 - distance}
+        if name == "forward_kl":
+            figures |= {"monitor/forward_kl": distance, "monitor/teacher_logprob": -3.0}
+        return monitors.after_step(figures, BatchFacts([])), figures
+
+    monitors = Monitors(MonitorSection(same_divergence=1e-6, smoothing=0.5))
+    assert [step(0.0)[0] for _ in range(2)] == [[], []]
+    lines, figures = step(0.0)
+    assert "is the teacher the student? Look at model.teacher.path" in lines[0]
+    assert figures["alarm/teacher_is_student"] == 1.0
+    assert step(0.0)[0] == []
+    assert "alarm/teacher_is_student" not in step(1e-3)[1]
+    silent = Monitors(MonitorSection())
+    assert all(silent.after_step({"train/grad_norm": 1.0}, BatchFacts([])) == [] for _ in range(5))  # no teacher at all
+
+
+def test_same_weights_are_known_whatever_their_dtype() -> None:
+    import copy
+
+    import torch
+    from torch import nn
+
+    torch.manual_seed(0)
+    student = nn.Linear(3, 4)
+    assert same_weights(student, copy.deepcopy(student))
+    assert same_weights(student, copy.deepcopy(student).bfloat16())
+    other = copy.deepcopy(student)
+    with torch.no_grad():
+        other.weight[1, 2] += 1e-3
+    assert not same_weights(student, other)
+    assert not same_weights(student, nn.Linear(3, 4, bias=False))
+    assert not same_weights(student, nn.Linear(4, 4))

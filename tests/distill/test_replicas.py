@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,14 +20,6 @@ from distill.replicas.one import deal
 
 forked = load(Path(__file__).with_name("forked_replicas.py"), "forked_replicas")
 BATCH, STEPS, DEADLINE = 24, 60, 4.0
-
-
-@pytest.fixture(scope="module")
-def nursery() -> Iterator[Any]:
-    process = forked.start_nursery()
-    yield process
-    process.kill()
-    process.wait()
 
 
 def until(cluster: Any, condition: Any, what: str) -> None:
@@ -48,7 +39,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.dist
-def test_faults_lose_nothing_and_leave_the_weights_of_a_whole_run(nursery: Any, tmp_path: Path) -> None:
+def test_faults_lose_nothing_and_leave_the_weights_of_a_whole_run(tmp_path: Path) -> None:
     overrides = [f"train.steps={STEPS}", "engine.zero_stage=2", "checkpoint.every=25", "monitor.baseline_steps=2"]
     overrides += [
         "train.pack=false",
@@ -57,7 +48,7 @@ def test_faults_lose_nothing_and_leave_the_weights_of_a_whole_run(nursery: Any, 
         "eval.kl_examples=0",
         "rollout.max_new_tokens=4",
     ]
-    with forked.ForkedCluster(tmp_path / "broken", 3, overrides, DEADLINE, nursery=nursery) as broken:
+    with forked.ForkedCluster(tmp_path / "broken", 3, overrides, DEADLINE) as broken:
         for replica in range(3):
             broken.start(replica)
         victim, sleeper = 0, 1  # the one that leads is killed, another one sleeps
@@ -75,7 +66,7 @@ def test_faults_lose_nothing_and_leave_the_weights_of_a_whole_run(nursery: Any, 
         broken.wait(120)
         assert check_samples(broken, STEPS, BATCH) == {"lost": 0, "repeated": 0}
     overrides.append(f"engine.replicas.schedule={broken.journal}")
-    with forked.ForkedCluster(tmp_path / "whole", 3, overrides, 60.0, nursery=nursery) as whole:
+    with forked.ForkedCluster(tmp_path / "whole", 3, overrides, 60.0) as whole:
         for replica in range(3):
             whole.start(replica)
         whole.wait(120)

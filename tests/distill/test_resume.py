@@ -9,7 +9,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +21,8 @@ from harness import Rank, RankPool
 
 pytestmark = pytest.mark.dist
 
-STEPS = 14
-SCHEDULE = [f"train.steps={STEPS}", "checkpoint.every=3", "eval.every=7", "eval.examples=8"]
+STEPS = 10
+SCHEDULE = [f"train.steps={STEPS}", "checkpoint.every=2", "eval.every=5", "eval.examples=4"]
 
 
 def start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
@@ -33,15 +36,11 @@ def start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
         "-m",
         "distill.train",
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(log.parent)}
     with log.open("ab") as output:
         return subprocess.Popen(
             [*command, *arguments], stdout=output, stderr=output, env=environment, start_new_session=True
         )
-
-
-def finish(arguments: list[str], log: Path) -> None:
-    assert start(arguments, log).wait(timeout=200) == 0, log.read_text()[-3000:]
 
 
 def kill_all(job: subprocess.Popen[bytes]) -> None:
@@ -81,18 +80,38 @@ def run_here(me: Rank, overrides: list[str]) -> None:
     train(load_config("config", overrides))
 
 
-def kill_after(rows_written: int, arguments: list[str], folder: Path, log: Path) -> bool:
-    """Start the job and kill all of it a moment after so many steps; False if it was quicker than that."""
-    job = start(arguments, log)
-    deadline = time.monotonic() + 120
-    while lines(folder) < rows_written and job.poll() is None:
-        assert time.monotonic() < deadline, log.read_text()[-3000:]
-        time.sleep(0.005)
-    time.sleep(random.Random(str(arguments)).uniform(0, 0.1))
-    if job.poll() is not None:
-        return False
-    kill_all(job)
-    return True
+def process(_: Rank) -> int:
+    return os.getpid()
+
+
+@contextmanager
+def killed_after(rows_written: int, folder: Path, pids: list[int]) -> Iterator[None]:
+    """SIGKILL to these processes a moment after the run in a folder has logged so many steps, which it must do in the block."""
+    over = threading.Event()
+
+    def kill() -> None:
+        while lines(folder) < rows_written:
+            if over.wait(0.005):
+                return
+        time.sleep(random.Random(str(folder)).uniform(0, 0.1))
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        yield
+    finally:
+        over.set()
+        killer.join()
+
+
+def run_killed(rows_written: int, overrides: list[str], folder: Path, make_trainers: Callable[[int], RankPool]) -> None:
+    """The run on two ranks of its own, killed after so many rows."""
+    with make_trainers(2) as victims, killed_after(rows_written, folder, victims.run(process)):
+        victims.run(run_here, overrides, dying={0, 1}, deadline=120)
+    assert lines(folder) >= rows_written
+    assert not (folder / "final").exists(), "it was quicker than the kill"
 
 
 def check_same(broken: Path, whole: Path) -> None:
@@ -102,16 +121,25 @@ def check_same(broken: Path, whole: Path) -> None:
     assert weights[0] == weights[1]
 
 
-def test_killed_jobs_continue_to_the_same_losses(base_overrides: list[str], tmp_path: Path) -> None:
+def test_killed_jobs_continue_to_the_same_losses(
+    base_overrides: list[str], two_ranks: RankPool, make_trainers: Callable[[int], RankPool], tmp_path: Path
+) -> None:
     """As a user would: torchrun, two kills, the same command until it is done, and once more."""
     whole, broken, log = tmp_path / "whole", tmp_path / "broken", tmp_path / "log"
     common = [*base_overrides, "method=gkd", "engine.zero_stage=2", *SCHEDULE]
-    finish([*common, f"run.dir={whole}"], log)
     arguments = [*common, f"run.dir={broken}"]
-    assert [kill_after(wanted, arguments, broken, log) for wanted in (4, 9)] == [True, True]
-    finish(arguments, log)
+    job = start(arguments, log)
+    deadline = time.monotonic() + 120
+    while lines(broken) < 3:
+        assert job.poll() is None, log.read_text()[-3000:]
+        assert time.monotonic() < deadline, log.read_text()[-3000:]
+        time.sleep(0.005)
+    kill_all(job)
+    run_killed(6, arguments, broken, make_trainers)
+    assert start(arguments, log).wait(timeout=200) == 0, log.read_text()[-3000:]
+    two_ranks.run(run_here, [*common, f"run.dir={whole}"])
     check_same(broken, whole)
-    finish(arguments, log)  # a finished run stays as it is
+    two_ranks.run(run_here, arguments)  # a finished run stays as it is
     check_same(broken, whole)
 
 
@@ -123,7 +151,7 @@ def test_killed_jobs_continue_to_the_same_losses(base_overrides: list[str], tmp_
         ["method=on_policy", "engine.zero_stage=3", "engine.dtype=bfloat16"],
         [
             "method=opsdc",
-            "method.refresh=5",
+            "method.refresh=3",
             "method.template='1+{prompt}'",
             "monitor.length_growth=1",
             "monitor.baseline_steps=2",
@@ -141,14 +169,18 @@ def test_killed_jobs_continue_to_the_same_losses(base_overrides: list[str], tmp_
     ids=["lora-muon", "bf16", "bf16-zero3", "self-teacher", "sorted-rollouts", "reference-zero3"],
 )
 def test_every_kind_of_state_comes_back(
-    options: list[str], base_overrides: list[str], two_ranks: RankPool, tmp_path: Path
+    options: list[str],
+    base_overrides: list[str],
+    two_ranks: RankPool,
+    make_trainers: Callable[[int], RankPool],
+    tmp_path: Path,
 ) -> None:
     """Adapters and dropout, fp32 masters, shards, a renewed and an initial copy of the student, alarms, a pool of
     partial rollouts: one kill each."""
-    whole, broken, log = tmp_path / "whole", tmp_path / "broken", tmp_path / "log"
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
     common = [*base_overrides, *options, *SCHEDULE]
     two_ranks.run(run_here, [*common, f"run.dir={whole}"])
-    assert kill_after(5, [*common, f"run.dir={broken}"], broken, log)
+    run_killed(4, [*common, f"run.dir={broken}"], broken, make_trainers)
     two_ranks.run(run_here, [*common, f"run.dir={broken}"])
     check_same(broken, whole)
 

@@ -116,13 +116,12 @@ def test_records_are_training_data(overrides: list[str], one_rank: RankPool, tmp
     from transformers import AutoTokenizer
 
     from distill.data import build_task, data_config
-    from distill.data.tokenize import encode_prompt
+    from distill.data.tokenize import encode_example, encode_prompt
 
     path = next(o for o in overrides if o.startswith("model.student.path")).partition("=")[2]
     tokenizer = AutoTokenizer.from_pretrained(path)
-    task = build_task(
-        data_config({"name": "jsonl", "path": str(tmp_path / "run" / "records.jsonl"), "test_fraction": 0.0}), "train"
-    )
+    file = {"name": "jsonl", "path": str(tmp_path / "run" / "records.jsonl"), "test_fraction": 0.0}
+    task, exact = (build_task(data_config({**file, "ids_key": key}), "train") for key in (None, "ids"))
     source = build_task(data_config({"name": "running_sum", "min_terms": 2, "max_terms": 6}), "train")
     assert len(task) == 14
     for position, line in enumerate(lines):
@@ -133,6 +132,9 @@ def test_records_are_training_data(overrides: list[str], one_rank: RankPool, tmp
         assert line["ids"][: line["prompt_length"]] == prompt
         response = line["ids"][len(prompt) :]
         assert tokenizer.decode(response, skip_special_tokens=True) == line["response"]
+        trained = encode_example(tokenizer, exact[position], 64)
+        assert (trained.ids, trained.prompt_length) == (line["ids"], line["prompt_length"])
+        assert trained.supervised == (line["supervised"] and [flag == 1 for flag in line["supervised"]])
         assert len(line["supervised"] or response) == len(response)
         flawed = line["breach"] and line["steps"][-1]["text"] != tokenizer.eos_token
         assert (line["supervised"] is not None) == flawed
@@ -165,7 +167,7 @@ def test_full_disk_and_spoilt_files_are_one_message(overrides: list[str], two_ra
 @pytest.mark.dist
 def test_mistakes(overrides: list[str], one_rank: RankPool, tmp_path: Path) -> None:
     assert (
-        "method=sft makes no monitored trajectories; use motab or skd"
+        "method=sft makes no text of its own; add --save"
         in one_rank.run(made, [*(o for o in overrides if not o.startswith("method")), "method=sft"])[0]
     )
     (message,) = one_rank.run(made, [*overrides, "model.teacher.path=null"])

@@ -36,6 +36,7 @@ def all_targets() -> list[Target]:
         *_run_targets(),
         *_trace_targets(),
         *_elastic_targets(),
+        *_cache_targets(),
     ]
 
 
@@ -298,6 +299,8 @@ def _trace_targets() -> list[Target]:
 def _elastic_targets() -> list[Target]:
     import socket
 
+    from distill.methods.base import SequenceFacts, Source
+    from distill.wire import WireError, decode, encode
     from ncclx_py.elastic.errors import ElasticError
     from ncclx_py.elastic.journal import VERSION, read_events, schedule
     from ncclx_py.elastic.messages import Malformed, parse_address, receive
@@ -319,8 +322,70 @@ def _elastic_targets() -> list[Target]:
     events = [{"event": "start", "version": VERSION}, {"event": "epoch", "epoch": 1, "step": 0, "members": [0, 1]}]
     events += [{"event": "commit", "step": step, "epoch": 1, "members": ["0", "1"]} for step in range(3)]
     lines = "".join(json.dumps(event) + "\n" for event in events).encode()
+    facts = SequenceFacts(3, 1, Source.STUDENT, 5, 7, notes={"a": 0.5})
+    values = [encode([facts, (None, {1: Path("a"), "b": b"x"}, {2})]), encode({(1, 2): [True, float("nan"), "é"]})]
     return [
+        Target("wire", 0.04, values, lambda data, folder: decode(data), (WireError,)),
         Target("message", 0.04, [len(body).to_bytes(4, "big") + body], message, (Malformed, ConnectionError)),
         Target("journal", 0.02, [lines], _file("journal.jsonl", journal), (ElasticError, ValueError)),
         Target("address", 0.01, [b"127.0.0.1:29400", b"[::1]:80"], _text(parse_address), (ValueError,)),
+    ]
+
+
+def _cache_targets() -> list[Target]:
+    import zlib
+
+    from distill.errors import CacheError
+    from distill.teachers.cache.index import INDEX, SHARDS, Contents, Index, contents_of, read_index
+    from distill.teachers.cache.layout import Record
+    from distill.teachers.cache.reader import CacheReader
+    from distill.teachers.cache.repair import adopt, recover
+    from distill.teachers.cache.shard import Shard, journal_of, part_of
+
+    contents = Contents("teacher", [1.5, 2.5], "0" * 64, "topk", 2, "float32", 8, 16, 1.0, None)
+    layout, data = contents.layout, bytes(range(96))
+    size = layout.header_bytes(contents.json())
+    records = [Record(bytes([i]) * 16, 3, size + 8 + 48 * i, zlib.crc32(data[48 * i : 48 * i + 48])) for i in (0, 1)]
+    head = layout.header(records, contents.json(), size)
+    shard = Shard("rank_00000_000000.safetensors", len(head) + len(data), "0" * 64, 2, 6)
+    notes = [json.dumps({"key": r.key.hex(), "tokens": 3, "check": r.check}).encode() + b"\n" for r in records]
+    seal = json.dumps({"sha256": "0" * 64, "bytes": shard.bytes}).encode() + b"\n"
+
+    def read(folder: Path) -> None:
+        reader = CacheReader(folder)
+        for record in records:
+            if record.key in reader:
+                reader.read([(record.key, 3)])
+        reader.close()
+
+    def as_index(data_: bytes, folder: Path) -> None:
+        (folder / SHARDS).mkdir()
+        (folder / SHARDS / shard.file).write_bytes(head + data)
+        (folder / INDEX).write_bytes(data_)
+        read_index(folder)
+        read(folder)
+
+    def as_header(data_: bytes, folder: Path) -> None:
+        """The JSON of a header, its length before it and the data behind it."""
+        (folder / SHARDS).mkdir()
+        path = folder / SHARDS / shard.file
+        path.write_bytes(len(data_).to_bytes(8, "little") + data_ + data)
+        Index(contents, (Shard(shard.file, path.stat().st_size, "", 2, 6),)).write(folder)
+        adopt(path, layout, lambda text: contents.check_same(contents_of(json.loads(text)), path))
+        read(folder)
+
+    def as_journal(data_: bytes, folder: Path) -> object:
+        path = folder / shard.file
+        part_of(path).write_bytes(head + data)
+        journal_of(path).write_bytes(data_)
+        return recover(path, layout, contents.json())
+
+    index = json.dumps({"format": "distill teacher cache 1", "contents": json.loads(contents.json()), "command": "c"})
+    index = index[:-1] + ', "shards": [' + json.dumps({f: getattr(shard, f) for f in shard.__slots__}) + "]}"
+    return [
+        Target("cache-index", 0.03, [index.encode()], as_index, (CacheError,)),
+        Target("cache-header", 0.03, [head[8:].rstrip()], as_header, (CacheError, ValueError)),
+        Target(
+            "cache-journal", 0.03, [b"".join(notes), b"".join([*notes, seal])], as_journal, (CacheError, ValueError)
+        ),
     ]

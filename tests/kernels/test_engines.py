@@ -1,12 +1,12 @@
 """The fused-linear divergence under DDP and DeepSpeed ZeRO-3, whose shards are gathered only while forward runs."""
 
-import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from distill.kernels import linear_divergence
-from harness import Rank, run_ranks
+from harness import Rank, RankPool
 from torch import Tensor, nn
 
 pytestmark = pytest.mark.dist
@@ -75,7 +75,6 @@ def ddp(model: Student, rank: int) -> list[Tensor]:
 def gradients(me: Rank, engine: str, gradient: str) -> list[list[Any]]:
     """Of one process on all tokens, and of this engine; as lists, because tensors do not travel between these processes."""
     torch.set_num_threads(1)
-    os.environ["DS_ACCELERATOR"] = "cpu"
     me.init("gloo")
     torch.manual_seed(0)
     model = Student(gradient)
@@ -84,9 +83,15 @@ def gradients(me: Rank, engine: str, gradient: str) -> list[list[Any]]:
     return [[gradient.tolist() for gradient in side] for side in (expected, actual)]
 
 
+@pytest.fixture(scope="module")
+def pool() -> Iterator[RankPool]:
+    with RankPool(RANKS, {"DS_ACCELERATOR": "cpu"}, ("deepspeed",)) as ranks:
+        yield ranks
+
+
 @pytest.mark.parametrize(("engine", "gradient"), [("ddp", "recompute"), ("zero3", "recompute"), ("zero3", "forward")])
-def test_gradients_are_those_of_one_process(engine: str, gradient: str) -> None:
-    for expected, actual in run_ranks(gradients, RANKS, engine, gradient, deadline=150):
+def test_gradients_are_those_of_one_process(pool: RankPool, engine: str, gradient: str) -> None:
+    for expected, actual in pool.run(gradients, engine, gradient, deadline=150):
         assert len(expected) == len(actual) == 3
         for want, got in zip(expected, actual, strict=True):
             torch.testing.assert_close(torch.tensor(got), torch.tensor(want), rtol=1e-4, atol=1e-7)

@@ -64,6 +64,24 @@ def test_gradient_in_forward_refuses_different_upstream_gradients():
         run(leaves, teacher, weights=torch.ones(N, requires_grad=True), gradient="forward")
 
 
+def test_gradient_in_forward_takes_multiples_of_the_upstream_it_was_told():
+    """Unlike weights, `upstream` changes no loss and skips no token."""
+    leaves, teacher = operands()
+    upstream = torch.linspace(0, 2, N, dtype=torch.float64)
+    told = run(leaves, teacher, weights=None, gradient="forward", upstream=upstream, budget_bytes=BUDGET)
+    plain = run(leaves, teacher, weights=None)
+    torch.testing.assert_close(told.loss, plain.loss)
+    found, expected = (torch.autograd.grad((out.loss * upstream).sum() * 3 / 7, leaves) for out in (told, plain))
+    for actual, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(actual, wanted)
+    for wrong in (upstream.flip(0), upstream + 1e-6):
+        out = run(leaves, teacher, weights=None, gradient="forward", upstream=upstream)
+        with pytest.raises(ValueError, match="multiple of upstream="):
+            (out.loss * wrong).sum().backward()
+    with pytest.raises(ValueError, match=r"upstream= is for gradient='forward' without weights="):
+        run(leaves, teacher, gradient="forward", upstream=upstream)
+
+
 @pytest.mark.parametrize("gradient", ["recompute", "forward"])
 def test_frozen_and_tied_heads(gradient):
     leaves, teacher = operands()

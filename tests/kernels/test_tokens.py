@@ -84,6 +84,16 @@ def test_sparse_divergence_with_every_id_is_the_full_divergence():
         torch.testing.assert_close(sparse, divergence(x, logp, kind).loss)
 
 
+def test_ids_that_the_student_lacks_are_left_over():
+    x, ids = example()
+    logp = torch.randn(2, 5, 50, dtype=torch.float64).log_softmax(-1).gather(-1, ids.clamp_min(0))
+    wider = ids.clone()
+    wider[..., 1] = 50
+    found = sparse_divergence(x, wider, logp, "forward_kl").loss
+    assert found.isfinite().all()
+    torch.testing.assert_close(found, sparse_divergence(x, wider.where(wider < 50, -1), logp, "forward_kl").loss)
+
+
 def test_sparse_divergence_skips_tokens_of_weight_zero():
     x, ids = example()
     x = x.detach().float()

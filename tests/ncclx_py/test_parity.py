@@ -29,12 +29,13 @@ import ncclx_py  # noqa: F401
 pytestmark = pytest.mark.dist
 
 STEPS = 3
+PRELOAD = ("deepspeed", "torch.distributed.fsdp", "torch.distributed.tensor", "torch._dynamo.backends.debugging")
 Results = dict[str, list[float]]
 
 
 @pytest.fixture(scope="module", params=[2, 3])
 def pool(request: pytest.FixtureRequest) -> Iterator[RankPool]:
-    with RankPool(request.param, env={"DS_ACCELERATOR": "cpu"}) as ranks:
+    with RankPool(request.param, {"DS_ACCELERATOR": "cpu"}, PRELOAD) as ranks:
         yield ranks
 
 

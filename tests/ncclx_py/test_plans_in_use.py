@@ -315,7 +315,8 @@ def from_wrong_files(me: Rank) -> list[str]:
 @pytest.mark.dist
 def test_a_plan_file_that_is_wrong_is_refused_when_the_group_is_made(pool: RankPool) -> None:
     for lame, small, torn, missing in pool.run(from_wrong_files):
-        assert "lame-0.json: the plan is wrong and will not run" in lame
+        assert "NCCLX_PLAN: " in lame
+        assert "lame-0.json: the plan is wrong: rank 0" in lame
         assert "small-0.json: the plan is for 2 ranks; this group has 3" in small
         assert "torn-0.json" in torn
         assert "none.json cannot be read" in missing

@@ -60,7 +60,8 @@ LEVELS = {
 def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
     rules = tmp_path_factory.mktemp("rules") / "rules.toml"
     rules.write_text(RULES)
-    with RankPool(4, env={"NCCLX_RULES": str(rules), "DS_ACCELERATOR": "cpu"}) as ranks:
+    preload = ("deepspeed", "torch.distributed.fsdp", "torch.distributed.tensor", "torch._dynamo.backends.debugging")
+    with RankPool(4, {"NCCLX_RULES": str(rules), "DS_ACCELERATOR": "cpu"}, preload) as ranks:
         yield ranks
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
+from distill.endpoints import explain
 from distill.errors import ServerError
 from distill.rollouts.vllm.client import Server
-from distill.rollouts.vllm.http import explain
 
 _SLACK = 1e-3
 """Probabilities may add up to a little more than 1, by rounding."""

@@ -24,9 +24,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from distill.endpoints import explain
 from distill.errors import ServerError
 from distill.rollouts.sampling import SamplingParams
-from distill.rollouts.vllm.http import Http, explain
+from distill.rollouts.vllm.http import Http
 
 _SEED = (1 << 63) - 1  # vLLM takes signed 64-bit seeds
 _FORBID = -100.0  # added to a logit; vLLM's least

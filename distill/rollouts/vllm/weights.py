@@ -22,11 +22,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from distill.endpoints import explain
 from distill.errors import ServerError
 from distill.export import merged
 from distill.models import causal_lm
 from distill.rollouts.vllm.client import Server
-from distill.rollouts.vllm.http import explain
 from distill.runs import replace_folder
 from distill.seeds import mix
 

@@ -28,7 +28,7 @@ def arguments(base_overrides: list[str], tmp_path: Path) -> Callable[..., list[s
     """``arguments(entries, *more)``: a comparison of tiny models in ``tmp_path/all``."""
 
     def make(entries: dict[str, list[str]], *more: str) -> list[str]:
-        common = [o for o in base_overrides if not o.startswith("train.steps")]
+        common = [o for o in base_overrides if not o.startswith(("train.steps", "data."))]
         common += ["eval.every=2", "eval.examples=8", "checkpoint.every=2"]
         defined = [f"+entries.{name}={quoted(overrides)}" for name, overrides in entries.items()]
         final = ["eval.examples=6", "eval.samples=2", "eval.k=[1,2]", "eval.kl_examples=4"]
@@ -53,16 +53,39 @@ def load(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
-def test_a_failed_run_fails_alone_and_is_tried_again(arguments: Callable[..., list[str]], tmp_path: Path) -> None:
+def test_a_failed_run_fails_alone_and_is_tried_again(
+    arguments: Callable[..., list[str]], base_overrides: list[str], tmp_path: Path
+) -> None:
     folder = tmp_path / "all"
     entries = {
         "fixed": ["method=off_policy"],
         "own": ["method=on_policy"],
         "wild": ["method=sft", "engine.lr=1e30", "engine.clip=0", "engine.warmup=0"],
         "lost": ["method=sft", "model.student.path=./nowhere"],
+        "read": [
+            "method=sft",
+            "data=jsonl",
+            "data.path={traces}",
+            "data.ids_key=ids",
+            "data.test_fraction=0.5",
+            "eval.every=0",
+        ],
     }
+    shared = [o for o in base_overrides if o.startswith(("model", "train.max_length", "rollout")) and o != "model=hf"]
+    shared += [
+        "rollout.examples=8",
+        "rollout.samples=2",
+        'method.delimiters=["\n"]',
+        "method.step_tokens=5",
+        "method.marker='#'",
+    ]
+    traces = [
+        "+stages.traces.command=rollout",
+        "+stages.traces.per_seed=true",
+        f"+stages.traces.overrides={quoted(shared)}",
+    ]
     result = tmp_path / "result.json"
-    assert main([*arguments(entries), "--json", str(result)]) == 1
+    assert main([*arguments(entries), *traces, 'task=["data=running_sum"]', "--json", str(result)]) == 1
 
     document = load(result)
     assert document == load(folder / "report.json")
@@ -99,11 +122,26 @@ def test_a_failed_run_fails_alone_and_is_tried_again(arguments: Callable[..., li
     )  # the same student, measured on the same problems, before the first step
     assert rows(folder / "entries" / "own" / "seed_1") != first["own"]
 
+    made = [json.loads(line) for line in (folder / "stages/traces/seed_1/records.jsonl").read_text().splitlines()]
+    cost = {
+        "student_tokens": sum(one["student_tokens"] for one in made),
+        "teacher_tokens": sum(
+            len(one["ids"][: one["prompt_length"]]) + one["student_tokens"] + one["teacher_tokens"] for one in made
+        ),
+    }
+    assert len(made) == runs["traces", 1]["records"] == 16
+    assert cost["student_tokens"] > 0
+    for name in ("traces", "read"):
+        assert {key: runs[name, 1][key] for key in cost} == cost
+        assert runs[name, 1]["spent_tokens"] == sum(cost.values())
+    assert runs["read", 1].keys() == runs["fixed", 1].keys()  # exact chains among them: judged as running_sum
+
     outcome = folder / "entries" / "own" / "seed_0" / "outcome.json"
     before = outcome.stat().st_mtime_ns
     repaired = {**entries, "wild": ["method=sft"], "lost": ["method=sft"]}
-    assert main(arguments(repaired)) == 2  # wild was started with another learning rate
-    assert main(arguments(repaired, "compare.changed=rerun")) == 0
+    again = [*arguments(repaired), *traces, 'task=["data=running_sum"]']
+    assert main(again) == 2  # wild was started with another learning rate
+    assert main([*again, "compare.changed=rerun"]) == 0
     assert outcome.stat().st_mtime_ns == before
     assert load(folder / "report.json")["failed"] == []
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import statistics
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from distill.compare.report import cell
-from distill.compare.results import RunRow, mean_curve, spendings
+from distill.compare.results import RunRow, differences, mean_curve, spendings
 from distill.compare.statistics import Spread, central_probability, spread, t_quantile
 
 pytestmark = pytest.mark.unit
@@ -49,6 +50,19 @@ def test_spread() -> None:
     assert spread([3.0, 3.0]) == Spread(3.0, 0.0, 2)
     assert [cell(found, ".3f"), cell(Spread(0.5, None, 1), ".3f"), cell(None, ".3f")] == ["0.932 ± 0.036", "0.500", "–"]
     assert cell(Spread(123456.7, 890.1, 5), ",.0f") == "123,457 ± 890"
+
+
+def test_differences_pair_the_seeds() -> None:
+    def run(seed: int, **figures: float) -> RunRow:
+        return RunRow(job=SimpleNamespace(seed=seed), figures=figures)  # type: ignore[arg-type]
+
+    base = [run(0, a=0.1, b=1.0), run(1, a=0.5, b=1.0), run(2, a=0.9), run(3)]
+    ours = [run(2, a=0.95, b=2.0), run(0, a=0.11, b=4.0), run(1, a=0.53), run(3, a=0.7)]
+    found = differences(ours, base)
+    assert found["a"].mean == pytest.approx(0.03)
+    assert found["a"].half_width == pytest.approx(4.302653 * 0.02 / math.sqrt(3), rel=1e-5)
+    assert found["b"] == Spread(3.0, None, 1)
+    assert [cell(found["a"], "+.3f"), cell(Spread(-1.5, 0.25, 2), "+.1f")] == ["+0.030 ± 0.050", "-1.5 ± 0.2"]
 
 
 def row(points: dict[int, tuple[float, float]]) -> RunRow:

@@ -16,6 +16,14 @@ pytestmark = pytest.mark.unit
 
 METHODS = ["experiment=methods", "compare.entries=[gkd,motab]", "compare.seeds=[3]"]
 TWO_SEEDS = "compare.seeds=[3,5]"
+TRACES = [
+    "+stages.traces.command=rollout",
+    "+stages.traces.per_seed=true",
+    '+stages.traces.overrides=["model.student.path={warmup}","model.teacher.path={teacher}","rollout.examples=9"]',
+    '+entries.read=["method=sft","data=jsonl","data.path={traces}"]',
+    "compare.entries=[read,gkd]",
+    'task=["data=running_sum","data.max_digits=2"]',
+]
 
 
 def plan(*overrides: str) -> list[Job]:
@@ -37,6 +45,12 @@ def plan(*overrides: str) -> list[Job]:
         (["+train.steps=3"], ["train", "common"]),
         (["eval.k=[9]"], ["eval.k=[9]", "eval.samples=9"]),
         (["compare.ranks=3"], ["stages.teacher", "3 ranks"]),
+        (["+stages.warmup.command=evaluate"], ["command=evaluate", "train, rollout"]),
+        (['task=["data=running_som"]'], ["task", "running_sum"]),
+        (
+            [*TRACES[:2], '+stages.traces.overrides=["rollout.example=3"]', *TRACES[3:]],
+            ["stages.traces", "rollout.examples"],
+        ),
         (['stages.teacher.overrides=["model.teacher.path={warmup}"]'], ["{warmup}", "per_seed"]),
         (
             ["stages.teacher.per_seed=true", 'stages.teacher.overrides=["model.teacher.path={warmup}"]'],
@@ -119,3 +133,28 @@ def test_other_evaluation_settings_ask_for_the_evaluation_alone(tmp_path: Path) 
     admit(finer, "refuse")
     assert not any(complete(job) for job in finer)
     assert all(json.loads((job.folder.path / "job.json").read_text())["train"]["seed"] in (0, 3, 5) for job in finer)
+
+
+def test_a_stage_may_write_records_and_the_measurement_may_be_elsewhere(tmp_path: Path) -> None:
+    where = f"compare.dir={tmp_path}"
+    by = {job.title: job for job in plan(*TRACES, where)}
+    traces, read = by["traces seed 3"], by["read seed 3"]
+    assert traces.records is not None
+    assert (traces.records.examples, traces.records.samples, traces.config.seed) == (9, 5, 3)
+    assert traces.config.model.student.path == f"{tmp_path}/stages/warmup/seed_3/final"
+    assert read.config.resolved["data"]["path"] == f"{tmp_path}/stages/traces/seed_3/records.jsonl"
+    assert {used.title for used in read.after} == {"teacher", "warmup seed 3", "traces seed 3"}
+    assert read.evaluation["data"]["max_digits"] == by["gkd seed 3"].evaluation["data"]["max_digits"] == 2
+    assert "data" not in {job.title: job for job in plan()}["gkd seed 3"].evaluation
+
+    for job in by.values():
+        begin(job)
+        finish(job, {"student_tokens": 1})
+    assert not any(changes(job) for job in plan(*TRACES, where))
+    more = {
+        job.title: changes(job)
+        for job in plan(*TRACES, where, "stages.traces.overrides=" + TRACES[2].partition("=")[2].replace("9", "8"))
+    }
+    assert "'examples': 9" in more["traces seed 3"][0]
+    assert more["read seed 3"] == ["the model of traces seed 3 has changed"]
+    assert not more["gkd seed 3"]

@@ -1,10 +1,20 @@
 """data=jsonl: prompts, chats, answers, splits, and lines that cannot be used."""
 
 import json
+import re
 
 import pytest
 
-from distill.data import DataConfigError, NoAnswer, bpe_tokenizer, build_task, data_config, encode_example
+from distill.data import (
+    CannotEncode,
+    DataConfigError,
+    NoAnswer,
+    TooLong,
+    bpe_tokenizer,
+    build_task,
+    data_config,
+    encode_example,
+)
 from distill.data.lines import BadLine, EmptyDataset
 
 pytestmark = pytest.mark.unit
@@ -124,3 +134,35 @@ def test_no_test_split_is_an_error_with_a_remedy(tmp_path):
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.jsonl"):
         build_task(data_config({"name": "jsonl", "path": str(tmp_path / "nowhere.jsonl")}), "train")
+
+
+def test_token_ids_are_trained_on_as_they_stand(tmp_path):
+    tokenizer = bpe_tokenizer(["abc"], 258)
+    record = {"prompt": "p", "response": "r", "ids": [5, 6, 7, 8, 9], "prompt_length": 2, "supervised": [0, 1, 1]}
+    example = make(tmp_path, [record], ids_key="ids")[0]
+    assert (example.prompt, example.reference, example.metadata) == ("p", "r", {})
+    whole, cut = (encode_example(tokenizer, example, size, "truncate") for size in (9, 4))
+    assert (whole.ids, whole.prompt_length, whole.supervised) == ([5, 6, 7, 8, 9], 2, [False, True, True])
+    assert (cut.ids, cut.supervised) == ([5, 6, 7, 8], [False, True])
+    with pytest.raises(TooLong, match="5 tokens, the limit is 4"):
+        encode_example(tokenizer, example, 4)
+    with pytest.raises(CannotEncode, match=r"token id 900 is beyond the tokenizer's 258.*data.ids_key=null"):
+        encode_example(tokenizer, make(tmp_path, [{**record, "ids": [5, 6, 7, 8, 900]}], ids_key="ids")[0], 9)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"ids": None}, "ids must be a list of token ids"),
+        ({"ids": [5, 6, True, 8, 9]}, "ids must be a list of token ids"),
+        ({"ids": [5, 6, -7, 8, 9]}, "ids must be a list of token ids"),
+        ({"prompt_length": 5}, "prompt_length=5 must lie between 0 and the 5 tokens"),
+        ({"prompt_length": None}, "prompt_length=None"),
+        ({"supervised": [1, 1]}, "a 0 or 1 for each of the 3 response tokens"),
+        ({"supervised": [1, 1, 2]}, "a 0 or 1 for each"),
+    ],
+)
+def test_token_ids_that_cannot_be_used(tmp_path, change, words):
+    record = {"prompt": "p", "ids": [5, 6, 7, 8, 9], "prompt_length": 2, "supervised": None}
+    with pytest.raises(BadLine, match=r"data\.jsonl:1: .*" + re.escape(words)):
+        make(tmp_path, [{**record, **change}], ids_key="ids")

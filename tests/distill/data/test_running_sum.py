@@ -1,6 +1,7 @@
 """The generator and the verifiers of running_sum, against an evaluator of our own."""
 
 import re
+from itertools import pairwise
 
 import pytest
 
@@ -125,21 +126,25 @@ def test_alphabet_covers_every_example():
 
 
 def test_a_mark_asks_for_a_brief_answer():
-    task = make(brief=0.5)
-    marked = 0
+    task = make(brief=0.5, restated=0.8, restated_brief=0.1)
+    counts = {True: [0, 0], False: [0, 0]}  # marked or not: problems, restated results
     for index in range(400):
         example, plain = task[index], make()[index]
-        lines = plain.reference.split("\n")
-        brief = example.prompt.startswith("~")
-        marked += brief
+        lines, spoken = plain.reference.split("\n"), example.reference.split("\n")
+        counts[example.prompt.startswith("~")][0] += 1
+        counts[example.prompt.startswith("~")][1] += len(spoken) - len(lines)
         assert example.prompt.removeprefix("~") == plain.prompt
-        assert example.reference.split("\n") == (
-            lines if brief else [x for y in lines[:-1] for x in (y, y)] + lines[-1:]
-        )
+        assert [line for line in spoken if not line.startswith("=")] == lines
+        assert all(line == f"={before}" for before, line in pairwise(spoken) if line.startswith("="))
         for response in (plain.reference, example.reference):
             assert task.verify(example, response).exact_chain
-        assert not task.verify(example, "\n".join([lines[0], *lines])).exact_chain
-    assert 150 < marked < 250
+        for wrong in ([lines[0], *lines], [f"={lines[0]}", *lines], [lines[0], "=!", *lines[1:]]):
+            assert not task.verify(example, "\n".join(wrong)).exact_chain
+    assert 150 < counts[True][0] < 250
+    for marked, share in ((True, 0.1), (False, 0.8)):
+        assert abs(counts[marked][1] / (5 * counts[marked][0]) - share) < 0.04
+    whole = make(brief=0.5)[next(i for i in range(9) if not make(brief=0.5)[i].prompt.startswith("~"))]
+    assert whole.reference.count("=") == 5
     test = make("test", brief=1.0)
     assert not any(test[i].prompt.startswith("~") for i in range(100))
     with pytest.raises(ValueError, match=r"data\.brief=0\.5.*data\.flawed=0\.2"):

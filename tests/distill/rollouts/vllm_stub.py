@@ -2,14 +2,19 @@
 
 Positions that a prefix cache would hold come back as what earlier requests left there, as vLLM's do: the right tokens may stand
 beside wrong numbers.
+
+``faults`` are done to the next completions, one each, before anything is answered right; ``spoil`` changes every answer to a
+completion, for servers that are wrong in some way all the time. ``down`` and ``up`` end and begin it at one address.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import socket
 import threading
 import time
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -21,9 +26,15 @@ BLOCK = 4
 class VllmStub(ThreadingHTTPServer):
     daemon_threads = True
 
-    def __init__(self, model: Any, context: int = 1000, max_logprobs: int = 20) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.model, self.context, self.max_logprobs = model, context, max_logprobs
+    def __init__(
+        self, model: Any, context: int = 1000, max_logprobs: int = 20, tokenizer: Any = None, port: int = 0
+    ) -> None:
+        super().__init__(("127.0.0.1", port), Handler)
+        self.model, self.context, self.max_logprobs, self.tokenizer = model, context, max_logprobs, tokenizer
+        self.names = ["stub"]  # of the models that it serves
+        self.faults: list[Callable[[Handler, dict[str, Any]], None]] = []
+        self.spoil: Callable[[dict[str, Any], dict[str, Any]], None] = lambda request, answer: None
+        self.sockets: set[socket.socket] = set()
         self.key: str | None = None
         self.processed = False  # logprobs_mode
         self.failures: list[int] = []  # statuses to answer with first
@@ -46,6 +57,20 @@ class VllmStub(ThreadingHTTPServer):
         self.shutdown()
         self.server_close()
 
+    def down(self) -> None:
+        """Nobody listens any more, and open connections end."""
+        self.__exit__()
+        for each in list(self.sockets):
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+
+    def up(self) -> VllmStub:
+        """Another one at the same address, with all that was set."""
+        again = VllmStub(self.model, self.context, self.max_logprobs, self.tokenizer, self.server_address[1])
+        for name in ("key", "names", "faults", "spoil", "sent", "delay_s"):
+            setattr(again, name, getattr(self, name))
+        return again
+
     @torch.no_grad()
     def rows(self, ids: list[int]) -> torch.Tensor:
         with self.lock:  # one forward at a time: tests use one thread
@@ -64,15 +89,17 @@ class Handler(BaseHTTPRequestHandler):
     server: VllmStub
 
     def handle(self) -> None:
-        with contextlib.suppress(BrokenPipeError):  # a client that did not wait
+        self.server.sockets.add(self.connection)
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # a client that did not wait
             super().handle()
+        self.server.sockets.discard(self.connection)
 
     def log_message(self, *_: Any) -> None:
         pass
 
     def do_GET(self) -> None:
         length, root = self.server.context, "/models/stub"
-        self.reply(200, {"data": [{"id": "stub", "max_model_len": length, "root": root}]})
+        self.reply(200, {"data": [{"id": name, "max_model_len": length, "root": root} for name in self.server.names]})
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or "{}")
@@ -83,22 +110,30 @@ class Handler(BaseHTTPRequestHandler):
         if self.server.failures:
             return self.reply(self.server.failures.pop(0), {"error": {"message": "not now"}})
         if self.path == "/v1/completions":
+            if self.server.faults:
+                return self.server.faults.pop(0)(self, body)
             return self.reply(*self.completion(body))
         return self.reply(*self.tokens(body))
 
-    def reply(self, status: int, answer: Any) -> None:
+    def reply(self, status: int, answer: Any, **headers: str) -> None:
         data = json.dumps(answer).encode()
         self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
 
     def completion(self, body: dict[str, Any]) -> tuple[int, Any]:
         server, ids = self.server, body["prompt"]
+        if body["model"] not in server.names:
+            return 404, {"error": {"message": f"The model `{body['model']}` does not exist."}}
+        if len(ids) + body["max_tokens"] > server.context:
+            return 400, {"error": {"message": f"This model's maximum context length is {server.context} tokens."}}
         if max(ids) >= server.model.config.vocab_size:
             return 400, {"error": {"message": "Token id is out of vocabulary"}}
         if max(body.get("logprobs", 0), body.get("prompt_logprobs") or 0) > server.max_logprobs:
-            return 400, {"error": {"message": f"greater than max allowed: {server.max_logprobs}"}}
+            return 400, {"error": {"message": f"Requested logprobs greater than max allowed: {server.max_logprobs}"}}
         cached = server.cache(ids, read="prompt_logprobs" not in body)
         found, logprobs, tops = self.decode(body, ids)
         choice: dict[str, Any] = {
@@ -109,7 +144,9 @@ class Handler(BaseHTTPRequestHandler):
         }
         if "prompt_logprobs" in body:
             choice["prompt_logprobs"] = self.prompt(ids, body["prompt_logprobs"], 0)
-        return 200, {"choices": [choice], "usage": usage(ids, cached)}
+        answer = {"model": body["model"], "choices": [choice], "usage": usage(ids, cached)}
+        server.spoil(body, answer)
+        return 200, answer
 
     def tokens(self, body: dict[str, Any]) -> tuple[int, Any]:
         ids, sampling = body["token_ids"], body["sampling_params"]
@@ -132,8 +169,12 @@ class Handler(BaseHTTPRequestHandler):
             entries = {token: float(row[token])} | dict(zip(*(v.tolist() for v in reversed(row.topk(k)))))
             if position - 1 < cached:
                 entries = {token: 12.5}  # stale
-            found.append({str(t): {"logprob": value} for t, value in entries.items()})
+            found.append({str(t): {"logprob": value} | self.spelled(t) for t, value in entries.items()})
         return found
+
+    def spelled(self, token: int) -> dict[str, str]:
+        tokenizer = self.server.tokenizer
+        return {} if tokenizer is None else {"decoded_token": tokenizer.decode([token])}
 
     def decode(self, body: dict[str, Any], ids: list[int]) -> tuple[list[int], list[float], list[dict[int, float]]]:
         """Greedy, whatever temperature: end tokens and the words of stop strings end it."""

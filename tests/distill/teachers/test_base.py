@@ -49,7 +49,14 @@ def frozen(
     student: nn.Module, needs: tuple[str, ...] = ("teacher",), self_teacher: int | None = None, **parts: Any
 ) -> Teachers:
     method = SimpleNamespace(needs=frozenset(needs), self_teacher=self_teacher)
-    values: dict[str, Any] = {"student": student, "teacher": None, "reference": None, "method": method, **parts}
+    values: dict[str, Any] = {
+        "student": student,
+        "teacher": None,
+        "reference": None,
+        "method": method,
+        "teachers": {},
+        **parts,
+    }
     config = SimpleNamespace(teacher=TeacherSection())
     return open_teachers(config, SimpleNamespace(**values))  # type: ignore[arg-type]
 

@@ -13,15 +13,15 @@ from torch import Tensor
 
 from distill.data import TokenSequence, collate
 from distill.data.batch import TokenBatch
-from distill.teachers.signals import SampledToken, Signal, TopK
+from distill.teachers.signals import FullLogits, SampledToken, Signal, TopK
 
 placements = load(Path(__file__).with_name("placements.py"), "placements")
 
 SEQUENCES = [
-    TokenSequence([3, 4, 5, 6, 7, 8], 2, "a"),
-    TokenSequence([9, 3, 4], 1, "b", supervised=[False, True]),
-    TokenSequence([5, 6, 7, 8, 9, 10, 11], 3, "c"),
-    TokenSequence([8, 4, 3, 3], 1, "d"),
+    TokenSequence([3, 4, 5, 6, 7, 8], 2, "a", tag="even"),
+    TokenSequence([9, 3, 4], 1, "b", supervised=[False, True], tag="odd"),
+    TokenSequence([5, 6, 7, 8, 9, 10, 11], 3, "c", tag="odd"),
+    TokenSequence([8, 4, 3, 3], 1, "d", tag="even"),
 ]
 CASES = [(name, kind) for name, placement in placements.PLACEMENTS.items() for kind in placement.signals]
 
@@ -55,6 +55,8 @@ def test_a_placement_says_what_the_teacher_in_process_says(
 
     def check(signal: Signal, batch: TokenBatch) -> None:
         expected = teacher.signal(batch, kind, case.top_k)
+        if placement.normalised and kind == "logits":
+            expected = FullLogits(expected.logits().log_softmax(-1))
         assert signal.kind == kind
         assert len(signal) == len(batch.target_ids)
         for ours, theirs in zip(content(signal, batch), content(expected, batch), strict=True):

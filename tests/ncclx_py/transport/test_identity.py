@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from ncclx_py.transport.fabric import _exchange_cards
 from ncclx_py.transport.identity import Card, addresses, host_id, host_numbers, machine_id, make_card, rail_names, reach
 from ncclx_py.transport.signature import RECORD_BYTES, Signature, digest
 
@@ -71,3 +75,20 @@ def test_digests_are_equal_in_all_processes() -> None:
     source = "from ncclx_py.transport.signature import digest; print(digest(b'all_reduce'))"
     printed = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True).stdout
     assert int(printed) == digest(b"all_reduce")
+
+
+@pytest.mark.parametrize(
+    ("rails", "words"),
+    [
+        ((("10.0.0.1",), ()), "rank 1 has NCCLX_RAILS not set and rank 0 has 1 rails named in NCCLX_RAILS"),
+        ((("a", "b"), ("c",)), "rank 1 has 1 rails named in NCCLX_RAILS and rank 0 has 2 rails named"),
+    ],
+)
+def test_ranks_with_other_rails_are_told_who_has_what(rails: tuple[tuple[str, ...], ...], words: str) -> None:
+    cards = [card(rank, where=named or ("10.0.0.9",), named=bool(named)) for rank, named in enumerate(rails)]
+    store = dist.HashStore()
+    with ThreadPoolExecutor() as threads:
+        asked = [threads.submit(_exchange_cards, store, one, 2, timedelta(seconds=20)) for one in cards]
+    with pytest.raises(ValueError, match=words):
+        asked[0].result()
+    assert isinstance(asked[1].exception(), ValueError)

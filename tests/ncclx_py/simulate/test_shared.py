@@ -1,0 +1,110 @@
+"""Hosts that share one machine: times worked out by hand, for flows, for single messages and for calls in a row."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ncclx_py.plans.algorithms.registry import build
+from ncclx_py.plans.plan import Plan, Problem, Program, Span
+from ncclx_py.plans.topology import Link, Topology
+from ncclx_py.simulate.cluster import Cluster
+from ncclx_py.simulate.fair import FairFlows
+from ncclx_py.simulate.machine import Machine
+from ncclx_py.simulate.shared import call_seconds
+
+pytestmark = pytest.mark.unit
+
+MACHINE = Machine(cores=2, local=0.2, remote=0.2, wake=0.05, call=0.5, copy=1e-3, wire=1e-9, burst=50.0)
+
+
+def ends(flows: FairFlows) -> dict[int, float]:
+    """When each flow ends."""
+    found: dict[int, float] = {}
+    flows.settle(0)
+    while (window := flows.next_end()) < 1 << 60:
+        owners, times = flows.close(window)
+        found.update(zip(owners.tolist(), times.tolist()))
+        flows.settle(window)
+    return found
+
+
+def opened(flows: FairFlows, owner: int, uses: dict[int, float], size: float, weight: float = 1.0) -> None:
+    rows = np.array([[*uses, *[3] * (2 - len(uses))]])
+    flows.open(
+        np.array([owner]),
+        rows,
+        np.array([[*uses.values(), *[0.0] * (2 - len(uses))]]),
+        np.array([weight]),
+        np.array([size]),
+    )
+
+
+def flows_over(capacity: list[float], bucketed: int = -1, burst: float = 0.0, full: bool = True) -> FairFlows:
+    pipes = np.array([*capacity, *[np.inf] * (4 - len(capacity))])
+    return FairFlows(pipes, 2, 1e-9, np.arange(4) == bucketed, burst, full)
+
+
+def test_what_one_flow_cannot_use_others_do() -> None:
+    flows = flows_over([100.0, 10.0])
+    opened(flows, 0, {0: 1.0, 1: 1.0}, 100.0)  # held to 10 by the second pipe
+    opened(flows, 1, {0: 1.0}, 900.0)  # has the other 90 of the first
+    opened(flows, 2, {2: 1.0}, 5.0)  # a pipe without limit
+    assert ends(flows) == pytest.approx({0: 10.0, 1: 10.0, 2: 0.0}, abs=1e-6)
+
+
+def test_shares_follow_weights_and_uses() -> None:
+    flows = flows_over([1.0])  # one core: work in seconds beside bytes that take 0.01 s each
+    opened(flows, 0, {0: 1.0}, 1.0)
+    opened(flows, 1, {0: 0.01}, 200.0, weight=100.0)
+    assert ends(flows) == pytest.approx({0: 2.0, 1: 3.0}, abs=1e-6)
+
+
+@pytest.mark.parametrize(("full", "seconds"), [(True, 6.0), (False, 11.0)])
+def test_a_bucket_lets_a_burst_pass(full: bool, seconds: float) -> None:
+    flows = flows_over([10.0, 60.0], bucketed=0, burst=50.0, full=full)
+    opened(flows, 0, {0: 1.0, 1: 1.0}, 110.0)  # full: 60 in the first second, which empties it, then 10 a second
+    assert ends(flows) == pytest.approx({0: seconds}, rel=0.03)
+
+
+def played(topology: Topology, plan: Plan, machine: Machine = MACHINE) -> float:
+    return call_seconds(plan, 1, Cluster(topology), machine)
+
+
+def message(size: int, reduces: bool = False) -> Plan:
+    """`size` bytes from rank 0 to rank 1."""
+    sender, receiver = Program(0), Program(1)
+    sender.send(Span("data", 0, size), 1)
+    receiver.reduce(Span("data", 0, size), 0) if reduces else receiver.recv(Span("data", 0, size), 0)
+    return Plan(Problem("all_reduce", 2, size), "one", (sender.finish(), receiver.finish()))
+
+
+def test_a_message_inside_a_host_is_copied_twice_and_wakes_its_receiver() -> None:
+    near = Topology((0, 0), 1, Link(0.3, 1e9), Link(0.2, 1e9))
+    # call 0.5; send 0.1 and a copy of 0.1; travel 0.05; wake 0.05, receive 0.1 and copy 0.1
+    assert played(near, message(100)) == pytest.approx(1.0, abs=1e-6)
+
+
+def test_a_message_between_hosts_passes_a_shaped_link() -> None:
+    far = Topology((0, 1), 1, Link(0.2, 1e9), Link(0.35, 100.0))
+    # call 0.5; send 0.1; 50 bytes at once and 100 at 100 a second; travel 0.1; wake 0.05, receive 0.1, combine 0.15
+    assert played(far, message(150), MACHINE) == pytest.approx(1.85, rel=0.02)
+    assert played(far, message(150, reduces=True)) - played(far, message(150)) == pytest.approx(0.15, abs=1e-6)
+
+
+def test_ranks_share_the_cores() -> None:
+    empty = build(Problem("all_reduce", 8), world := Topology((0,) * 4 + (1,) * 4), "ring", {})
+    quick = Machine(cores=2, local=0.0, remote=0.0, wake=0.0, call=1e-3, copy=0.0, wire=1e-9)
+    assert played(world, empty, quick) == pytest.approx(4e-3)  # eight milliseconds of work on two cores
+    many = Machine(**{**quick.__dict__, "cores": 8})
+    assert played(world, empty, many) == pytest.approx(1e-3)
+
+
+def test_a_call_in_a_row_finds_no_burst_left() -> None:
+    far = Topology((0, 1), 1, Link(0.0, 1e9), Link(0.0, 1e6))
+    link = Machine(cores=2, local=0.0, remote=0.0, wake=0.0, call=0.0, copy=0.0, wire=1e-12, burst=5e4)
+    assert played(far, message(100_000), link) == pytest.approx(0.1, rel=1e-3)  # and not 0.05
+    # nor where a burst is longer than a call
+    assert played(far, message(20_000), link) == pytest.approx(0.02, rel=1e-3)
+    busy = Machine(**{**link.__dict__, "call": 0.2})  # the link rests while the next call is made
+    assert played(far, message(40_000), busy) == pytest.approx(0.2, rel=1e-2)
