@@ -45,7 +45,7 @@ bench: setup $(PEERS)
 	$(BIN)/ncclx bench all_reduce all_to_all --emulate 2x4 --emulate 4x2 --rate 200mbit -b 4KiB -e 16MiB -f 16 --json outputs/bench/collectives.json --plot outputs/bench/collectives.png
 	$(BIN)/python -m distill.rollouts.bench --threads 1 --json outputs/bench/rollouts.json
 	$(BIN)/python -m distill.rollouts.bench_monitored --json outputs/bench/monitored.json
-	$(BIN)/python -m distill.bench --peer-python .venv-peers/bin/python --json outputs/bench/training.json
+	$(BIN)/python -m distill.bench.training --peer-python .venv-peers/bin/python --json outputs/bench/training.json
 	$(BIN)/python -m distill.kernels.bench --device cpu --what logits --tokens 256 --vocab 151936 --threads 1 --dtypes fp32 bf16
 
 # Peers live in an environment of their own: they are compared with, never imported.

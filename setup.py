@@ -22,6 +22,7 @@ PACKAGE_FOLDERS = {
     "ncclx_py.watch": "ncclx_py/watch",
     "ncclx_py.launch": "launch",
     "distill": "distill",
+    "distill.bench": "distill/bench",
     "distill.compare": "distill/compare",
     "distill.config": "distill/config",
     "distill.data": "distill/data",

@@ -1,4 +1,4 @@
-"""TRL's DistillationTrainer on one on-policy job, for ``python -m distill.bench``. Run it in an environment that has trl.
+"""TRL's DistillationTrainer on one on-policy job, for ``python -m distill.bench.training``. Run it in an environment that has trl.
 
     python trl_on_policy.py JOB.json RESULT.json
 

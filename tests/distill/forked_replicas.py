@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from nursery import Nursery, nursery_for
 
-from distill.bench_replicas import TINY, Cluster
+from distill.bench.replicas import TINY, Cluster
 
 
 @dataclass

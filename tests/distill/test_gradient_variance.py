@@ -6,7 +6,7 @@ from distill.kernels import token_nll
 
 from distill.aggregation import tokens_per_sequence
 from distill.assembly import assemble
-from distill.bench_gradient_variance import AGGREGATIONS, GradientSampler, combine, main, measure, noise_and_signal
+from distill.bench.gradient_variance import AGGREGATIONS, GradientSampler, combine, main, measure, noise_and_signal
 from distill.config import load_config
 from distill.data.batch import collate
 from distill.models import TargetLogits

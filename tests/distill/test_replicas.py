@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from harness import load
 
-from distill.bench_replicas import check_samples, differing_files, done, live
+from distill.bench.replicas import check_samples, differing_files, done, live
 from distill.config import load_config
 from distill.errors import ConfigError
 from distill.metrics import read_metrics

@@ -1,6 +1,6 @@
-"""``python -m distill.bench``: one on-policy distillation step, ours and TRL's, on the same models, prompts and threads.
+"""``python -m distill.bench.training``: one on-policy distillation step, ours and TRL's, on the same models, prompts and threads.
 
-    python -m distill.bench --peer-python .venv-peers/bin/python --json outputs/bench/training.json
+    python -m distill.bench.training --peer-python .venv-peers/bin/python --json outputs/bench/training.json
 
 Both train a tiny Qwen3-architecture student by reverse KL on its own samples from the same prompts, in fp32, one process, the same
 number of threads. Runs alternate, so that a noisy machine is noisy for both; the figure is the ratio. Two cases: responses that

@@ -1,7 +1,7 @@
-"""What a cache of teacher scores gives, against the teacher in process: ``python -m distill.bench_cache``.
+"""What a cache of teacher scores gives, against the teacher in process: ``python -m distill.bench.cache``.
 
-    python -m distill.bench_cache --json cache.json                      # a teacher of 4 times the student's parameters
-    python -m distill.bench_cache --signals hidden --steps 40 --threads 1
+    python -m distill.bench.cache --json cache.json                      # a teacher of 4 times the student's parameters
+    python -m distill.bench.cache --signals hidden --steps 40 --threads 1
 
 Student and teacher are random Qwen3 models on the embedded task, with a vocabulary of ``--vocabulary`` rows. Each signal's cache is
 filled by ``distill rollout --save``; all its sequences are read in a random order, from the disk (what the kernel held of the files
@@ -134,7 +134,7 @@ def measure(root: Path, signal: str, options: argparse.Namespace) -> dict[str, A
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m distill.bench_cache", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m distill.bench.cache", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--signals", nargs="+", default=["hidden", "topk", "logits"], choices=["hidden", "topk", "logits"]

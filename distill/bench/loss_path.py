@@ -1,7 +1,7 @@
-"""``python -m distill.bench_loss_path``: a training step from logits and from hidden states, time and peak memory side by side.
+"""``python -m distill.bench.loss_path``: a training step from logits and from hidden states, time and peak memory side by side.
 
-    python -m distill.bench_loss_path                                   # V = 151936, H = 256, 2048 tokens: minutes, and some 8 GiB
-    python -m distill.bench_loss_path --vocabulary 4096 --tokens 256    # the same code in seconds
+    python -m distill.bench.loss_path                                   # V = 151936, H = 256, 2048 tokens: minutes, and some 8 GiB
+    python -m distill.bench.loss_path --vocabulary 4096 --tokens 256    # the same code in seconds
 
 A small student and teacher with a real vocabulary, random weights, fp32: the head and the loss are nearly all of the step. Each
 way runs in a process of its own, one after another; a step is the teacher's forward pass, the student's forward and backward
@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     found: dict[str, dict[str, float]] = {}
     for way in options.ways:
-        command = [sys.executable, "-W", "ignore", "-m", "distill.bench_loss_path", *arguments, "--only", way]
+        command = [sys.executable, "-W", "ignore", "-m", "distill.bench.loss_path", *arguments, "--only", way]
         run = subprocess.run(command, capture_output=True, text=True, check=False)
         if run.returncode:
             print(
@@ -133,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m distill.bench_loss_path", description=(__doc__ or "").split("\n")[0]
+        prog="python -m distill.bench.loss_path", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--vocabulary", type=int, default=151936)
     parser.add_argument("--hidden", type=int, default=256, help="of the student, a multiple of 64")

@@ -1,4 +1,4 @@
-"""Kill replicas at random and check that nothing was lost: ``python -m distill.bench_replicas --replicas 4 --kills 20``.
+"""Kill replicas at random and check that nothing was lost: ``python -m distill.bench.replicas --replicas 4 --kills 20``.
 
 Starts a store and a run of several replicas, each a torchrun job of its own, kills random ones with ``kill -9`` at random
 instants and starts them again. Then it checks, from what lies on disk:
@@ -287,7 +287,7 @@ def good(figures: dict[str, Any]) -> bool:
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m distill.bench_replicas",
+        prog="python -m distill.bench.replicas",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -1,7 +1,7 @@
-"""``python -m distill.bench_teachers``: a teacher on ranks of its own against one beside the student, on one host and between two.
+"""``python -m distill.bench.teachers``: a teacher on ranks of its own against one beside the student, on one host and between two.
 
-    python -m distill.bench_teachers --json outputs/bench/teachers.json               # both (emulated hosts need root)
-    python -m distill.bench_teachers --rate none --json outputs/bench/teachers.json   # one host only
+    python -m distill.bench.teachers --json outputs/bench/teachers.json               # both (emulated hosts need root)
+    python -m distill.bench.teachers --rate none --json outputs/bench/teachers.json   # one host only
 
 Teacher and student cost the same per batch: the teacher gets as many layers as make it so, which is measured first. Every rank has
 one thread. The runs are ordinary ``distill train`` runs on fixed text:
@@ -107,7 +107,7 @@ def run(
         f"train.micro_batch_size={options.micro_batch}", "checkpoint.every=100000", "run.tensorboard=false",
         "engine.schedule=constant", "engine.lr=1e-4", f"run.dir={folder / 'run'}",
     ]  # fmt: skip
-    program = ["-m", "distill.bench_teachers", "--rank", *common, *overrides]
+    program = ["-m", "distill.bench.teachers", "--rank", *common, *overrides]
     lines: list[str] = []
 
     def show(rank: int, line: str, error: bool) -> None:

@@ -1,6 +1,6 @@
 """Sequences per second that a served teacher scores, beside the same model in this process.
 
-    python -m distill.teachers.server.bench MODEL_FOLDER http://HOST:PORT --sequences 64 --length 512 --top-k 64 --json out.json
+    python -m distill.bench.server MODEL_FOLDER http://HOST:PORT --sequences 64 --length 512 --top-k 64 --json out.json
 
 Both score the same texts of random token ids, all tokens but the first supervised, in micro-batches of ``--micro-batch``; the two
 take turns, speeds are medians of ``--repeats`` runs. The largest difference of a log-probability is reported with them. Texts are
@@ -129,7 +129,7 @@ def _best(signal: Signal) -> Tensor:
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m distill.teachers.server.bench",
+        prog="python -m distill.bench.server",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

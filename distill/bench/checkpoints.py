@@ -1,7 +1,7 @@
-"""Kills ranks while they save, and looks whether a complete checkpoint is always there: ``python -m distill.bench_checkpoints``.
+"""Kills ranks while they save, and looks whether a complete checkpoint is always there: ``python -m distill.bench.checkpoints``.
 
-    python -m distill.bench_checkpoints --kills 200 --json checkpoints.json      # kill -9 at random instants of saving
-    python -m distill.bench_checkpoints --kills 0 --full-disks 20                # a disk that is full in the middle (root)
+    python -m distill.bench.checkpoints --kills 200 --json checkpoints.json      # kill -9 at random instants of saving
+    python -m distill.bench.checkpoints --kills 0 --full-disks 20                # a disk that is full in the middle (root)
 
 Ranks train a tiny model with DeepSpeed and save after every step, through the trainer's own `Checkpoints`. Each life begins
 with loading the newest checkpoint; its weights must be, to the bit, what any life had at that step, which they can be only

@@ -1,6 +1,6 @@
-"""``python -m distill.bench_gradient_variance``: how noisy the gradient of a step is under each way to add up token losses.
+"""``python -m distill.bench.gradient_variance``: how noisy the gradient of a step is under each way to add up token losses.
 
-    python -m distill.bench_gradient_variance model=hf model.student.path=FOLDER method=grpo train.batch_size=64 \\
+    python -m distill.bench.gradient_variance model=hf model.student.path=FOLDER method=grpo train.batch_size=64 \\
         --batches 30 --json outputs/bench/gradient_variance.json
 
 The weights stay as they are. Each of R batches is made as in training (prompts, rollouts, verdicts, the method's weights), the
