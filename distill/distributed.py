@@ -55,6 +55,7 @@ def process_group(
         return
     if store is None and "WORLD_SIZE" not in os.environ:
         _world_of_one()
+    _forget_groups()
     if device().type == "cuda":
         torch.cuda.set_device(device())
     timeout = timedelta(seconds=config.timeout_s)
@@ -63,6 +64,13 @@ def process_group(
         yield
     finally:
         _leave()
+
+
+def _forget_groups() -> None:
+    """DeepSpeed remembers groups of a world that somebody else has left, and would use them in the next one."""
+    groups = sys.modules.get("deepspeed.utils.groups")
+    if groups is not None:
+        groups._release_process_group_references(group=None)
 
 
 def _leave() -> None:

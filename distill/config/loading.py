@@ -88,16 +88,26 @@ def _explain(error: Exception, name: str, overrides: Sequence[str]) -> str:
             return f"{key}={value}: no such choice in conf/{key}; {nearest(value, groups[key])}"
     good = [o for o in overrides if o.partition("=")[0] in groups]
     try:
-        valid = set(_flat_keys(compose(config_name=name, overrides=good))) | set(groups)
+        composed = compose(config_name=name, overrides=good)
     except (HydraException, OmegaConfBaseException):
         return str(error).splitlines()[0]
+    valid = set(_flat_keys(composed)) | set(groups)
     for override in overrides:
         key, separator, _ = override.lstrip("+~").partition("=")
         if not separator:
             return f"'{override}' is not of the form key=value"
+        if any(OmegaConf.select(composed, part) == {} for part in _and_above(key)) and not override.startswith("+"):
+            return f"{key} takes new names; put a plus in front: '+{override}'"
         if key not in valid:
             return f"unknown key '{key}'; {nearest(key, valid)}"
     return str(error).splitlines()[0]
+
+
+def _and_above(key: str) -> Iterable[str]:
+    """a.b.c → a.b.c, a.b, a."""
+    while key:
+        yield key
+        key = key.rpartition(".")[0]
 
 
 def _flat_keys(config: DictConfig, prefix: str = "") -> Iterable[str]:

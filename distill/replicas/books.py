@@ -47,7 +47,8 @@ class SharedLog:
         return list(self._rows)
 
     def learn(self, rows: Sequence[Row]) -> None:
-        """Take over rows of steps that other replicas made."""
+        """Take over rows of steps that other replicas made; one of them may have made the file anew, so this one opens it again."""
+        self.close()
         self._rows.extend((int(step), figures) for step, figures in rows)
 
     def _take_over(self, step: int) -> None:

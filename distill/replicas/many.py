@@ -75,6 +75,7 @@ class ManyReplicas(OneReplica):
         self._lane_epoch = self._failures = 0
         self._mine: list[int] = []
         self._finished = False
+        self._known = False  # the store has given this process a place
 
     # Coming and going
 
@@ -92,20 +93,27 @@ class ManyReplicas(OneReplica):
         try:
             self._join(trainer)
         except RunFinished:
-            raise ReplicaError(
-                f"the run of the store at {self.spec.store} is complete; use a new --file for a new run"
-            ) from None
+            if not self._known:
+                raise ReplicaError(
+                    f"the run of the store at {self.spec.store} is complete; use a new --file for a new run"
+                ) from None
+            self._finished = True  # by the others, before this one had caught up
         return resumed or trainer.done > 0
 
     def begin(self, trainer: Trainer) -> None:
         """Settle who makes the step, serve newcomers, and connect the lanes. Raises RunFinished."""
+        try:
+            self._begin(trainer)
+        except RunFinished:  # by the others: this one's weights are not the last, and it must not write them
+            self._finished = True
+            raise
+
+    def _begin(self, trainer: Trainer) -> None:
         while True:
             try:
                 seat = self._together(lambda: self.member.begin(trainer.done))
-            except RunFinished:
-                self._finished = True
-                raise
             except Dropped:
+                self.seat = None
                 say(f"step {trainer.done}: the others went on without replica {self.id}; it fetches their state")
                 self._join(trainer)
                 continue
@@ -122,6 +130,7 @@ class ManyReplicas(OneReplica):
         """Get a seat, with the state that belongs to it."""
         while True:
             place = self._together(lambda: self.member.join(trainer.done))
+            self._known = True
             if isinstance(place, Seat):
                 if place.step == trainer.done:
                     return

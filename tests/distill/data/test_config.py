@@ -22,7 +22,7 @@ def test_yaml_holds_exactly_the_keys_of_the_dataclass_with_its_defaults(name):
         with pytest.raises(DataConfigError, match=r"data\.path=.*needs it"):
             data_config(plain)
         plain["path"] = "somewhere"
-    assert asdict(data_config(plain)) == asdict(CONFIGS[name](**{k: plain[k] for k in ("path",) if k in plain}))
+    assert asdict(data_config(plain)) == asdict(CONFIGS[name](**{k: plain[k] for k in ("path", "parts") if k in plain}))
 
 
 @pytest.mark.parametrize(
