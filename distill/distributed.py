@@ -50,12 +50,12 @@ def process_group(
 ) -> Iterator[None]:
     """Join the world described by the environment, or, as number ``number``, that of ``size`` ranks who meet at ``store``; leave
     it on the way out. An existing group is used as it is."""
+    _forget_groups()
     if dist.is_initialized():
         yield
         return
     if store is None and "WORLD_SIZE" not in os.environ:
         _world_of_one()
-    _forget_groups()
     if device().type == "cuda":
         torch.cuda.set_device(device())
     timeout = timedelta(seconds=config.timeout_s)
@@ -69,7 +69,7 @@ def process_group(
 def _forget_groups() -> None:
     """DeepSpeed remembers groups of a world that somebody else has left, and would use them in the next one."""
     groups = sys.modules.get("deepspeed.utils.groups")
-    if groups is not None:
+    if groups is not None and groups._WORLD_GROUP not in dist.distributed_c10d._world.pg_map:
         groups._release_process_group_references(group=None)
 
 

@@ -114,7 +114,7 @@ def first_loss(me: Rank, overrides: list[str]) -> float:
     from distill.rollouts.sampling import seed_keys, uniforms
     from distill.samples import SampleSource
     from distill.seeds import mix
-    from distill.trainer import DRAWS
+    from distill.preparing import DRAWS
 
     me.init("ncclx")
     config = load_config("config", overrides)

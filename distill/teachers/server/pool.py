@@ -124,7 +124,11 @@ class Pool:
     def away(self) -> tuple[float, str] | None:
         """(seconds since the last server failed, what is wrong) while no server takes requests."""
         with self._changed:
-            return None if self._away_since is None else (time.monotonic() - self._away_since, self._problems())
+            if any(m.problem is None and not m.suspect for m in self._members):
+                return None
+            # A late answer may have come from a server that is under suspicion: it still takes no requests.
+            since = self._last_good if self._away_since is None else self._away_since
+            return time.monotonic() - since, self._problems() or "it is being checked"
 
     def wake(self) -> None:
         """Let waiting requests look again whether they are wanted."""

@@ -190,7 +190,7 @@ class ServerScorer:
         told_s, paused_s = 0.0, 0.0
         while True:
             began = time.monotonic()
-            done = self._answered(job, self._tick_s if world_size() > 1 else min(self._tick_s, 1.0))
+            done = self._answered(job, self._tick_s if world_size() > 1 else min(self._tick_s, 0.1))
             away = None if done else self._pool.away()
             if away is not None:
                 if not paused_s or away[0] - told_s >= _TOLD_EVERY_S:

@@ -203,7 +203,7 @@ def test_a_dead_server_pauses_the_run_until_it_is_back(
     servers: list[Any] = []
 
     def come_back() -> None:
-        time.sleep(1.2)
+        time.sleep(3.0)
         stub.model = tuned
         servers.append(stub.up())  # first with other weights
         time.sleep(0.6)
