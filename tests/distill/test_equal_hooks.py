@@ -111,10 +111,10 @@ def first_loss(me: Rank, overrides: list[str]) -> float:
     from distill.data import encode_prompt
     from distill.data.running_sum import RunningSum
     from distill.methods import METHODS
+    from distill.preparing import DRAWS
     from distill.rollouts.sampling import seed_keys, uniforms
     from distill.samples import SampleSource
     from distill.seeds import mix
-    from distill.preparing import DRAWS
 
     me.init("ncclx")
     config = load_config("config", overrides)
