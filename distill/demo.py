@@ -12,7 +12,7 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +31,27 @@ STAGES = ("teacher", "warmup", "student", "control")
 
 def run(overrides: list[str]) -> dict[str, Any]:
     """Run all stages on this job's ranks; ``overrides`` apply to each. Returns (and writes) the summary."""
+    return run_stages(FOLDER, {stage: recipe(stage) for stage in STAGES}, evaluate_stage, report, overrides)
+
+
+def run_stages(
+    folder: Path,
+    recipes: Mapping[str, list[str]],
+    evaluate: Callable[[str], dict[str, Any]],
+    report: Callable[[dict[str, Any], dict[str, Any]], None],
+    overrides: list[str],
+) -> dict[str, Any]:
+    """Train each stage by its recipe, then ``evaluate`` each; rank 0 reports. A folder with a finished demo starts afresh."""
     began = time.perf_counter()
-    first = load_config("config", ["experiment=demo_teacher", *overrides])
+    first = load_config("config", [*next(iter(recipes.values())), *overrides])
     with process_group(first.comm):
-        if rank() == 0 and (FOLDER / "summary.json").exists():
-            shutil.rmtree(FOLDER)
-        for stage in STAGES:
+        if rank() == 0 and (folder / "summary.json").exists():
+            shutil.rmtree(folder)
+        for stage, recipe in recipes.items():
             say(f"\n[bold]{stage}[/bold]")
-            train(load_config("config", [*recipe(stage), *overrides]))
+            train(load_config("config", [*recipe, *overrides]))
         say("\n[bold]evaluation[/bold]")
-        results = {stage: evaluate_stage(stage) for stage in STAGES}
+        results = {stage: evaluate(stage) for stage in recipes}
         summary = {
             "backend": first.comm.backend,
             "world_size": world_size(),

@@ -9,9 +9,7 @@ teachers for all samples. A demo that was interrupted continues where it stopped
 
 from __future__ import annotations
 
-import shutil
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,11 +17,10 @@ from typing import Any
 from distill.assembly import assemble
 from distill.cli import run_command
 from distill.config import load_config
-from distill.distributed import process_group, rank, world_size
+from distill.demo import run_stages
 from distill.eval import measure, table
 from distill.progress import console, say
 from distill.runs import write_json
-from distill.train import train
 
 FOLDER = Path("outputs/teachers")
 TASKS = ("sums", "start")
@@ -65,25 +62,7 @@ def recipe(stage: str) -> list[str]:
 
 def run(overrides: list[str]) -> dict[str, Any]:
     """Run all stages on this job's ranks; ``overrides`` apply to each. Returns (and writes) the summary."""
-    began = time.perf_counter()
-    first = load_config("config", [*recipe(STAGES[0]), *overrides])
-    with process_group(first.comm):
-        if rank() == 0 and (FOLDER / "summary.json").exists():
-            shutil.rmtree(FOLDER)
-        for stage in STAGES:
-            say(f"\n[bold]{stage}[/bold]")
-            train(load_config("config", [*recipe(stage), *overrides]))
-        say("\n[bold]evaluation[/bold]")
-        results = {stage: evaluate_stage(stage) for stage in STAGES}
-        summary = {
-            "backend": first.comm.backend,
-            "world_size": world_size(),
-            "seconds": round(time.perf_counter() - began, 1),
-            **results,
-        }
-        if rank() == 0:
-            report(summary, results)
-    return summary
+    return run_stages(FOLDER, {stage: recipe(stage) for stage in STAGES}, evaluate_stage, report, overrides)
 
 
 def evaluate_stage(stage: str) -> dict[str, Any]:

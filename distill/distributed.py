@@ -8,7 +8,6 @@ the same error on all of them.
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ import ncclx_py  # noqa: F401  (registers the backend)
 from distill.config import CommConfig
 from distill.data import CannotEncode, TooLong
 from distill.errors import DistillError
+from distill.local_ranks import free_port
 from distill.wire import decode, encode
 from ncclx_py.small_messages import broadcast_bytes, gather_bytes
 
@@ -84,10 +84,7 @@ def _leave() -> None:
 
 def _world_of_one() -> None:
     """Give torch.distributed and DeepSpeed the environment that torchrun would have given a single process."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
 
 
 def total(values: list[float]) -> list[float]:

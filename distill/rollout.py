@@ -48,9 +48,9 @@ from distill.models import causal_lm
 from distill.progress import StepProgress, say
 from distill.records import Key, RecordFolder, RecordPart
 from distill.rollouts.engines import Engine, Who, open_engine
-from distill.rollouts.monitored import Monitored, MonitoredTrajectory, Usage
+from distill.rollouts.monitored import MonitoredTrajectory, Usage
+from distill.rollouts.monitored_writer import MonitoredWriter
 from distill.rollouts.plain import Plain
-from distill.rollouts.vllm.monitored import VllmMonitored
 from distill.runs import RunFolder, write_json
 from distill.samples import prompt_fits, sampling_params
 from distill.seeds import mix
@@ -61,7 +61,7 @@ _ROUND = 16  # trajectories per slot between two meetings of the ranks
 
 SAVE = "rollout.save=true"
 
-RecordWriter = Monitored | VllmMonitored | Plain
+RecordWriter = MonitoredWriter | Plain
 
 
 @dataclass(kw_only=True)
@@ -155,7 +155,7 @@ def _writer(config: RunConfig, parts: Parts, engine: Engine, source: Source) -> 
     """Who writes the records."""
     if source is Source.MONITORED:
         writer = engine.writer(causal_lm(parts.student))
-        assert isinstance(writer, Monitored | VllmMonitored)
+        assert isinstance(writer, MonitoredWriter)
         return writer
     who: Who = "teacher" if source is Source.TEACHER else "student"
     model = parts.teacher if source is Source.TEACHER else causal_lm(parts.student)

@@ -20,7 +20,7 @@ from torch import Tensor
 from . import gemm, torch_path
 from .kinds import Spec
 from .linear_ops import Gradients, chunks
-from .token_ops import coefficients, token_backend
+from .token_ops import coefficients, empty_outputs, token_backend
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,13 +95,7 @@ def _(
     path: str,
     budget: int,
 ) -> Any:
-    dtype = torch_path.accumulation_dtype(hidden)
-    count, k = ids.shape
-    return (
-        hidden.new_empty(count, k + int(tail), dtype=dtype),
-        hidden.new_empty(count, 2, dtype=dtype),
-        hidden.new_empty(n_stats, count, dtype=torch.float32),
-    )
+    return empty_outputs(hidden, ids, tail, n_stats)
 
 
 @torch.library.custom_op("distill::linear_token_logprobs_backward", mutates_args=())

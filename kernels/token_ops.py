@@ -17,6 +17,17 @@ from .kinds import Spec
 N_STATS = 3  # entropy, largest probability, 1 where the first id is (one of) the most probable
 
 
+def empty_outputs(like: Tensor, ids: Tensor, tail: bool, n_stats: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What the forward operators return for ids `[N, K]`, uninitialised: for tracing."""
+    count, k = ids.shape
+    dtype = torch_path.accumulation_dtype(like)
+    return (
+        like.new_empty(count, k + int(tail), dtype=dtype),
+        like.new_empty(count, 2, dtype=dtype),
+        like.new_empty(n_stats, count, dtype=torch.float32),
+    )
+
+
 @torch.library.custom_op("distill::token_logprobs", mutates_args=())
 def token_logprobs_op(
     student: Tensor, ids: Tensor, valid: Tensor | None, numbers: Sequence[float], tail: bool, n_stats: int, path: str
@@ -29,13 +40,7 @@ def token_logprobs_op(
 
 @token_logprobs_op.register_fake
 def _(student: Tensor, ids: Tensor, valid: Any, numbers: Any, tail: bool, n_stats: int, path: str) -> Any:
-    count, k = ids.shape
-    dtype = torch_path.accumulation_dtype(student)
-    return (
-        student.new_empty(count, k + int(tail), dtype=dtype),
-        student.new_empty(count, 2, dtype=dtype),
-        student.new_empty(n_stats, count, dtype=torch.float32),
-    )
+    return empty_outputs(student, ids, tail, n_stats)
 
 
 @torch.library.custom_op("distill::token_logprobs_backward", mutates_args=())

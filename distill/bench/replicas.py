@@ -19,7 +19,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -30,6 +29,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from distill.local_ranks import free_port
 from distill.replicas.books import read_samples
 from distill.runs import write_json
 
@@ -59,9 +59,7 @@ class Cluster:
 
     def __enter__(self) -> Cluster:
         self.folder.mkdir(parents=True, exist_ok=True)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.start_store()
         return self
 

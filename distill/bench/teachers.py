@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import socket
 import statistics
 import sys
 import time
@@ -35,6 +34,7 @@ from rich.table import Table
 from torch.nn import functional
 
 from distill.data import char_tokenizer
+from distill.local_ranks import environments
 from distill.metrics import read_metrics
 from distill.models import build_model
 from distill.progress import console
@@ -127,20 +127,10 @@ def run(
 
 
 def _here(program: list[str], env: dict[str, str], ranks: int, show: Any) -> Outcome:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {
-        "WORLD_SIZE": str(ranks),
-        "LOCAL_WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    numbered = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
     return run_ranks(
         [
-            Process(rank, [sys.executable, *program], {**os.environ, **env, **shared, **numbers})
-            for rank, numbers in enumerate(numbered)
+            Process(rank, [sys.executable, *program], {**os.environ, **env, **numbers})
+            for rank, numbers in enumerate(environments(ranks))
         ],
         show,
     )

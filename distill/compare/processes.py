@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import socket
 import time
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 
 from distill.compare.plan import Job
 from distill.compare.worker import run_rank
+from distill.local_ranks import environments
 
 GRACE_S = 10.0  # between the first rank that fails and the end of the others
 LAST_LINES = 10  # of a failed run's log, shown on the terminal
@@ -111,19 +111,3 @@ class Running:
         except OSError as error:
             return [f"{self.job.log}: {error.strerror}"]
         return [line for line in text.splitlines() if line.strip()][-LAST_LINES:]
-
-
-def environments(ranks: int) -> list[dict[str, str]]:
-    """What torchrun would have given each rank; nothing for a single one, whose world is its own."""
-    if ranks == 1:
-        return [{}]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {
-        "WORLD_SIZE": str(ranks),
-        "LOCAL_WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]

@@ -21,7 +21,7 @@ i. trajectories run in batches, with new ones entering as others end.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -32,6 +32,7 @@ from distill.rollouts.generator import eos_ids, eval_mode
 from distill.rollouts.monitored_options import MonitorOptions
 from distill.rollouts.monitored_scheduler import Kit, Scheduler, Usage
 from distill.rollouts.monitored_trajectory import Marker, MonitoredTrajectory
+from distill.rollouts.monitored_writer import MonitoredWriter
 from distill.rollouts.sampling import SamplingParams
 from distill.rollouts.session import resolve_context
 from distill.rollouts.stops import StopMatcher
@@ -39,7 +40,7 @@ from distill.rollouts.stops import StopMatcher
 __all__ = ["MonitorOptions", "Monitored", "MonitoredTrajectory", "Usage"]
 
 
-class Monitored:
+class Monitored(MonitoredWriter):
     """The engine for one student and one teacher of the same tokenizer family.
 
     ``params`` serve both models; its ``max_new_tokens`` is a trajectory's budget, its ``stop`` strings end a trajectory. About
@@ -107,20 +108,3 @@ class Monitored:
             scheduler = Scheduler(self.student, self.teacher, self._kit, [list(map(int, p)) for p in prompts], seeds)
             self.usage = scheduler.usage
             yield from scheduler.run()
-
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        seeds: Sequence[int],
-        progress: Callable[[int, int], None] | None = None,
-    ) -> list[MonitoredTrajectory]:
-        """One trajectory per prompt, in order; ``progress(done, total)`` is called as they end. Errors as in `stream`."""
-        found: dict[int, MonitoredTrajectory] = {}
-        for number, trajectory in self.stream(prompts, seeds):
-            found[number] = trajectory
-            if progress is not None:
-                progress(len(found), len(prompts))
-        figures = self.usage.figures()
-        for trajectory in found.values():
-            trajectory.notes.update(figures)
-        return [found[number] for number in range(len(prompts))]

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -29,13 +29,14 @@ from distill.rollouts.monitored_options import MonitorOptions
 from distill.rollouts.monitored_rules import Rules
 from distill.rollouts.monitored_scheduler import Usage
 from distill.rollouts.monitored_trajectory import Draft, Marker, MonitoredTrajectory, Step
+from distill.rollouts.monitored_writer import MonitoredWriter
 from distill.rollouts.rollout import Rollout
 from distill.rollouts.sampling import SamplingParams
 from distill.rollouts.stops import StopMatcher
 from distill.rollouts.vllm.generator import Decoder, check_prompts, side_by_side
 
 
-class VllmMonitored:
+class VllmMonitored(MonitoredWriter):
     """For one student and one teacher of the same tokenizer family; arguments as those of the built-in `Monitored`.
 
     Raises ConfigError for a marker that the tokenizer cannot write.
@@ -83,23 +84,6 @@ class VllmMonitored:
         for number, trajectory in side_by_side(write, len(prompts), self.slots):
             self.usage.wall_s = time.perf_counter() - began
             yield number, trajectory
-
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        seeds: Sequence[int],
-        progress: Callable[[int, int], None] | None = None,
-    ) -> list[MonitoredTrajectory]:
-        """One trajectory per prompt, in order; ``progress(done, total)`` is called as they end. Errors as in `stream`."""
-        found: dict[int, MonitoredTrajectory] = {}
-        for number, trajectory in self.stream(prompts, seeds):
-            found[number] = trajectory
-            if progress is not None:
-                progress(len(found), len(prompts))
-        figures = self.usage.figures()
-        for trajectory in found.values():
-            trajectory.notes.update(figures)
-        return [found[number] for number in range(len(prompts))]
 
     def _trajectory(self, number: int, prompt: list[int], seed: int) -> MonitoredTrajectory:
         draft = Draft(number, prompt, seed, row=-1, monitor=-1)

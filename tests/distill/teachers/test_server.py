@@ -129,10 +129,10 @@ def fewer(handler: Any, body: dict[str, Any]) -> None:
 
 
 def not_a_number(handler: Any, body: dict[str, Any]) -> None:
+    """At the last token, which every sequence has a target for: what is said of the prompt is not read."""
     answer = handler.completion(body)[1]
-    answer["choices"][0]["prompt_logprobs"][1] = {
-        token: {"logprob": float("nan")} for token in answer["choices"][0]["prompt_logprobs"][1]
-    }
+    said = answer["choices"][0]["prompt_logprobs"]
+    said[-1] = {token: {"logprob": float("nan")} for token in said[-1]}
     handler.reply(200, answer)
 
 
