@@ -20,6 +20,7 @@ from distill.assembly import assemble
 from distill.cli import run_command
 from distill.config import load_config
 from distill.distributed import process_group, rank, world_size
+from distill.engine import accumulation_steps
 from distill.eval import measure, table
 from distill.progress import console, say
 from distill.runs import write_json
@@ -41,15 +42,21 @@ def run_stages(
     report: Callable[[dict[str, Any], dict[str, Any]], None],
     overrides: list[str],
 ) -> dict[str, Any]:
-    """Train each stage by its recipe, then ``evaluate`` each; rank 0 reports. A folder with a finished demo starts afresh."""
+    """Train each stage by its recipe, then ``evaluate`` each; rank 0 reports. A folder with a finished demo starts afresh.
+
+    Raises ConfigError before the first stage where a later one cannot be divided over this job's ranks.
+    """
     began = time.perf_counter()
-    first = load_config("config", [*next(iter(recipes.values())), *overrides])
+    configs = {stage: load_config("config", [*recipe, *overrides]) for stage, recipe in recipes.items()}
+    first = next(iter(configs.values()))
     with process_group(first.comm):
+        for config in configs.values():
+            accumulation_steps(config.train, world_size())
         if rank() == 0 and (folder / "summary.json").exists():
             shutil.rmtree(folder)
-        for stage, recipe in recipes.items():
+        for stage, config in configs.items():
             say(f"\n[bold]{stage}[/bold]")
-            train(load_config("config", [*recipe, *overrides]))
+            train(config)
         say("\n[bold]evaluation[/bold]")
         results = {stage: evaluate(stage) for stage in recipes}
         summary = {

@@ -29,6 +29,7 @@ EXPERTS = {  # an expert sees its own task only, in the alphabet of both
     "start": [
         "data.parts.sums.share=0",
         "train.batch_size=64",
+        "train.micro_batch_size=32",  # two ranks, as the README starts it
         "train.steps=1600",
         "train.stop_at=0.97",
         "eval.every=100",

@@ -219,8 +219,10 @@ def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
         f"{token!r} is {ours.get(token, 'absent')} for the student and {theirs.get(token, 'absent')} for {title_of(who)}"
         for token in sorted(differing)[:2]
     )
+    places = {vocabulary[token] for token in differing for vocabulary in (ours, theirs) if token in vocabulary}
+    count = sum(place < shared for place in places)
     raise ModelError(
-        f"the student's and {title_of(who)}'s tokenizers differ in {len(differing)} of their first {shared} tokens"
+        f"the student's and {title_of(who)}'s tokenizers differ in {count} of their first {shared} tokens"
         f"{': ' + examples if examples else ' (they split the same text differently)'}. Whole distributions can only be "
         f"compared within one tokenizer family; choose a student of {title_of(who)}'s, or align the two: teacher.signal=sampled or "
         "topk (not with teacher.mixture=mean, a cache, or text that the teacher writes)"

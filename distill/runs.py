@@ -15,12 +15,13 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 import yaml
 
+from distill.config.checks import and_above
 from distill.errors import CheckpointError, ConfigError
 
 # Keys that may differ between a checkpoint and the run that continues it: they change no sample, loss or weight.
@@ -58,9 +59,10 @@ class RunFolder:
         self.summary = self.path / "summary.json"
         self._lock: TextIO | None = None
 
-    def enter(self, resolved: Mapping[str, Any], resume: str) -> None:
+    def enter(self, resolved: Mapping[str, Any], resume: str, defaults: Callable[[], Mapping[str, Any]] = dict) -> None:
         """Claim the folder for this run (rank 0 only). Creates it, or checks that what is there may be continued.
 
+        ``defaults``: the values of keys that a folder written before they existed does not hold.
         Raises ConfigError for a folder that cannot be written, is in use, or must (not) hold a run; CheckpointError
         where its checkpoint comes from another configuration.
         """
@@ -70,7 +72,7 @@ class RunFolder:
         if not started and resume == "must":
             raise ConfigError(f"run.dir={self.path} holds no run to continue (run.resume=must)")
         if started:
-            self._check_same(resolved)
+            self._check_same(resolved, defaults)
         try:
             self.replica.mkdir(parents=True, exist_ok=True)
             self._claim()
@@ -102,7 +104,7 @@ class RunFolder:
             self._lock.close()
             self._lock = None
 
-    def _check_same(self, resolved: Mapping[str, Any]) -> None:
+    def _check_same(self, resolved: Mapping[str, Any], defaults: Callable[[], Mapping[str, Any]]) -> None:
         try:
             before = yaml.safe_load(self.config.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
@@ -111,7 +113,7 @@ class RunFolder:
             ) from None
         if not isinstance(before, dict):
             raise CheckpointError(f"{self.config} is not a configuration; remove the folder or choose another run.dir")
-        changed = differing_keys(before, resolved)
+        changed = differing_keys(before, resolved, defaults)
         if changed:
             shown = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, old, new in changed[:4])
             raise CheckpointError(
@@ -134,19 +136,35 @@ def claim(path: Path, key: str) -> TextIO:
     return lock
 
 
-def differing_keys(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """``(key, old, new)`` of every value that differs, but for FREE_KEYS."""
-    changed = []
-    for key in sorted({*before, *now}, key=str):
+def differing_keys(
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    defaults: Callable[[], Mapping[str, Any]] = dict,
+    prefix: str = "",
+) -> list[tuple[str, Any, Any]]:
+    """``(key, old, new)`` of every value that differs, but for FREE_KEYS.
+
+    A key that ``before`` lacks is of a version that did not know it, which did what the key's default does now: there is no
+    difference where it has that. ``defaults`` is asked only then.
+    """
+    old, new = dict(_leaves(before, prefix)), dict(_leaves(now, prefix))
+    unknown = {key for key in new if not any(above in old for above in and_above(key))}
+    if unknown:
+        default = dict(_leaves(defaults(), prefix))
+        old |= {key: default.get(key) for key in unknown}
+    return [(key, old.get(key), new.get(key)) for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+
+
+def _leaves(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    """Every value under its full key, but for FREE_KEYS."""
+    for key, value in values.items():
         full = f"{prefix}{key}"
         if full in FREE_KEYS:
             continue
-        old, new = before.get(key), now.get(key)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            changed += differing_keys(old, new, f"{full}.")
-        elif old != new:
-            changed.append((full, old, new))
-    return changed
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{full}.")
+        else:
+            yield full, value
 
 
 def write_atomically(path: Path, text: str) -> None:

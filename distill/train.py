@@ -14,11 +14,12 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ncclx_py
 from distill.cli import run_command
-from distill.config import RunConfig, load_config
+from distill.config import RunConfig, defaults_of, load_config
 from distill.distributed import all_or_nothing, from_rank_0, process_group, rank, world_size
 from distill.errors import CheckpointError, ConfigError, DistillError
 from distill.metrics import read_metrics
@@ -63,7 +64,7 @@ def _train(config: RunConfig) -> dict[str, Any]:
             parts = assemble(config)
         with all_or_nothing(CheckpointError if folder.config.exists() else ConfigError):
             if rank() == 0:
-                folder.enter(config.resolved, config.run.resume)
+                folder.enter(config.resolved, config.run.resume, partial(defaults_of, config))
         try:
             finished = from_rank_0(folder.result() if rank() == 0 else None)
             if finished is not None:

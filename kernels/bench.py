@@ -31,6 +31,7 @@ from .bench_cases import LINEAR_PROVIDERS, LOGIT_PROVIDERS, Case, available, bui
 from .bench_memory import peak_above
 
 RESULTS = Path(__file__).parent / "results"
+KINDS = ("forward_kl", "reverse_kl", "jsd")
 _GPU: dict[str, list] = {
     "tokens": [1024, 4096, 8192, 16384],
     "vocab": [32000, 128256, 151936, 262144],
@@ -69,8 +70,8 @@ def measure(case: Case, repeats: int, threads: int) -> dict[str, object]:
     needed = eager_bytes(case)
     if case.device == "cpu" and needed > 0.7 * _free_bytes():
         return asdict(case) | {"error": f"not run: needs about {needed / 2**30:.0f} GiB"}
-    step = build(case)
     try:
+        step = build(case)
         start = time.perf_counter()
         peak = peak_above(step, case.device)
         seconds = [time.perf_counter() - start]
@@ -241,7 +242,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--hidden", type=int, nargs="+", help="H, hidden sizes of the fused-linear rows")
     parser.add_argument("--what", nargs="+", choices=("logits", "linear"), default=["logits", "linear"])
     parser.add_argument("--dtypes", nargs="+", choices=("bf16", "fp32"))
-    parser.add_argument("--kinds", nargs="+", default=["forward_kl", "reverse_kl", "jsd"])
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="those that every peer knows")
     parser.add_argument("--modes", nargs="+", choices=("forward", "full"), default=["forward", "full"])
     parser.add_argument(
         "--repeats",

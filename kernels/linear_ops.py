@@ -74,9 +74,10 @@ def linear_divergence_op(
     stats = student_hidden.new_zeros(n_stats, count, dtype=torch.float32)
     grads = Gradients.zeros(wanted, student_hidden, student_head, dtype)
     scales = weights if upstream is None else upstream
+    space = buffers(2, count, student_head, budget, dtype)
     for rows in chunks(student_hidden, student_head, weights, budget, dtype):
-        s = gemm.logits(student_hidden[rows], student_head, student_bias, dtype).unsqueeze(0)
-        t = gemm.logits(teacher_hidden[rows], teacher_head, teacher_bias, dtype).unsqueeze(0)
+        s = gemm.logits(student_hidden[rows], student_head, student_bias, dtype, space[0]).unsqueeze(0)
+        t = gemm.logits(teacher_hidden[rows], teacher_head, teacher_bias, dtype, space[1]).unsqueeze(0)
         ids = None if tokens is None else tokens[rows]
         row_loss, row_saved, row_stats = backend(path).forward(s, t, None, ids, spec, top_k, n_stats)
         loss[rows], saved[rows], stats[:, rows] = row_loss, row_saved, row_stats
@@ -139,9 +140,10 @@ def linear_divergence_backward_op(
     spec = Spec.from_numbers(kind, list(numbers))
     dtype = saved.dtype
     grads = Gradients.zeros(wanted, student_hidden, student_head, dtype)
+    space = buffers(2, student_hidden.shape[0], student_head, budget, dtype)
     for rows in chunks(student_hidden, student_head, weights, budget, dtype):
-        s = gemm.logits(student_hidden[rows], student_head, student_bias, dtype).unsqueeze(0)
-        t = gemm.logits(teacher_hidden[rows], teacher_head, teacher_bias, dtype).unsqueeze(0)
+        s = gemm.logits(student_hidden[rows], student_head, student_bias, dtype, space[0]).unsqueeze(0)
+        t = gemm.logits(teacher_hidden[rows], teacher_head, teacher_bias, dtype, space[1]).unsqueeze(0)
         backend(path).backward(grad_loss[rows], s, t, saved[rows], None, spec, s)
         grads.add(rows, s[0], student_hidden[rows], student_head)
         del s, t
@@ -235,11 +237,22 @@ def _scaled_in_parts(x: Tensor, factor: Tensor, out: Tensor) -> Tensor:
     return out
 
 
+def chunk_rows(head: Tensor, budget: int, dtype: torch.dtype) -> int:
+    """Tokens whose logits of two models take `budget` bytes; at least one."""
+    return max(1, budget // (2 * head.shape[0] * dtype.itemsize))
+
+
+def buffers(models: int, count: int, head: Tensor, budget: int, dtype: torch.dtype) -> list[Tensor | None]:
+    """`gemm.buffer` for the chunks of `count` tokens, one per model."""
+    rows = min(count, chunk_rows(head, budget, dtype))
+    return [gemm.buffer(rows, head, dtype) for _ in range(models)]
+
+
 def chunks(
     hidden: Tensor, head: Tensor, weights: Tensor | None, budget: int, dtype: torch.dtype
 ) -> Iterator[slice | Tensor]:
     """Token numbers per chunk: as many as `budget` bytes of both models' logits allow, tokens of weight 0 left out."""
-    step = max(1, budget // (2 * head.shape[0] * dtype.itemsize))
+    step = chunk_rows(head, budget, dtype)
     count = hidden.shape[0]
     if weights is None:
         yield from (slice(lo, min(lo + step, count)) for lo in range(0, count, step))

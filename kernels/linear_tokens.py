@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import gemm, torch_path
 from .kinds import Spec
-from .linear_ops import Gradients, chunks
+from .linear_ops import Gradients, buffers, chunks
 from .token_ops import coefficients, empty_outputs, token_backend
 
 
@@ -74,8 +74,9 @@ def linear_token_logprobs_op(
     values = hidden.new_zeros(count, k + int(tail), dtype=dtype)
     saved = hidden.new_zeros(count, 2, dtype=dtype)
     stats = hidden.new_zeros(n_stats, count, dtype=torch.float32)
+    (space,) = buffers(1, count, head, budget, dtype)
     for rows in chunks(hidden, head, valid, budget, dtype):
-        logits = gemm.logits(hidden[rows], head, bias, dtype).unsqueeze(0)
+        logits = gemm.logits(hidden[rows], head, bias, dtype, space).unsqueeze(0)
         found = token_backend(path).token_forward(logits, ids[rows], None, spec, tail, n_stats)
         values[rows], saved[rows], stats[:, rows] = found
         del logits  # before the next chunk's are made
@@ -118,8 +119,9 @@ def linear_token_logprobs_backward_op(
     spec = Spec.from_numbers("forward_kl", list(numbers))
     dtype = saved.dtype
     grads = Gradients.zeros(wanted, hidden, head, dtype)
+    (space,) = buffers(1, hidden.shape[0], head, budget, dtype)
     for rows in chunks(hidden, head, valid, budget, dtype):
-        logits = gemm.logits(hidden[rows], head, bias, dtype).unsqueeze(0)
+        logits = gemm.logits(hidden[rows], head, bias, dtype, space).unsqueeze(0)
         operands = (logits, ids[rows], values[rows], saved[rows], None, spec)
         grad = token_backend(path).token_backward(dense[rows], sparse[rows], *operands)
         grads.add(rows, grad[0], hidden[rows], head)

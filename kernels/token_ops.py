@@ -116,14 +116,15 @@ def token_forward(
     for rows in torch_path.row_chunks(student, None, valid):
         s, _ = torch_path.load(student, rows, student.shape[2], spec.student_scale, spec.student_softcap, dtype)
         top = s.amax(-1, keepdim=True)
-        log_z = s.sub_(top).mul_(unit).exp().sum(-1, keepdim=True).log_()
+        nats = (s - top).mul_(unit)
+        log_z = torch_path.exponential(nats).sum(-1, keepdim=True).log_()
         saved[rows] = torch.cat((top, log_z), -1)
-        logq = s.sub_(log_z)
+        logq = nats.sub_(log_z)
         chosen = ids[rows]
         picked = torch_path.token_values(logq, chosen)
         values[rows, :k] = picked
         if n_stats:
-            entropy = -(logq.exp() * logq.clamp_min(-1e30)).sum(-1)
+            entropy = -torch_path.exponential(logq).mul_(logq.clamp_min(-1e30)).sum(-1)
             first = (picked[:, :1] == -log_z).to(dtype)  # the largest log-probability is 0 − log z
             stats[:, rows] = torch.stack((entropy, (-log_z).exp().squeeze(-1), first.squeeze(-1))).float()
         if tail:
@@ -148,7 +149,7 @@ def token_backward(
     for rows in torch_path.row_chunks(student, None, valid):
         s, slope = torch_path.load(student, rows, student.shape[2], spec.student_scale, spec.student_softcap, dtype)
         top, log_z = saved[rows].unsqueeze(-1).unbind(1)
-        grad = s.sub_(top).mul_(unit).sub_(log_z).exp_().mul_(dense[rows].unsqueeze(-1))
+        grad = torch_path.exponential((s - top).mul_(unit)).mul_(dense[rows].unsqueeze(-1) * (-log_z).exp())
         chosen = ids[rows]
         inside = (chosen >= 0) & (chosen < grad.shape[-1])
         grad.scatter_add_(1, chosen.clamp(0, grad.shape[-1] - 1), sparse[rows] * inside)

@@ -6,7 +6,9 @@ of the values of `load`, z = Σ e^{(x−m)·factor} and G of `terms.py`; the bac
 logits and the true upstream gradient.
 """
 
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,11 +18,12 @@ from .kinds import Spec
 
 SAVED = 5
 _EXCLUDED = -1e30  # nats: the log-probability of an id with logit −inf
+_LOG2E = math.log2(math.e)
 
 
 def chunk_elements(device: torch.device) -> int:
     """Logits per chunk: a chunk's dozen fp32 temporaries stay near the cache on CPU, and fill the device elsewhere."""
-    return 2**16 if device.type == "cpu" else 2**25
+    return 2**17 if device.type == "cpu" else 2**25
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
@@ -47,16 +50,18 @@ def forward(
     for rows in row_chunks(student, teacher, valid):
         s, _ = load(student, rows, shared, spec.student_scale, spec.student_softcap, dtype)
         t, _ = load(teacher, rows, shared, spec.teacher_scale, spec.teacher_softcap, dtype)
-        norms, logq, logp, d = _normalise(s, t, spec)
-        q, p = logq.exp(), logp.exp()
-        row_loss, total = terms.loss_and_sum(spec.kind, spec.mix, p, q, d)
+        c_s, c_t, _ = units(spec)
+        of_student, of_teacher = _normalise(s, c_s), _normalise(t, c_t)
+        d = _log_ratio(of_student, of_teacher)
+        row_loss, total = terms.loss_and_sum(spec.kind, spec.mix, of_teacher.probs, of_student.probs, d)
         row_loss = _divergence_value(row_loss)
         loss[rows] = row_loss
-        saved[rows, :4] = norms
-        saved[rows, 4] = total
+        saved[rows] = torch.cat(
+            (of_student.top, of_student.log_z, of_teacher.top, of_teacher.log_z, total.unsqueeze(-1)), -1
+        )
         if n_stats:
             ids = None if tokens is None else tokens[rows]
-            stats[:, rows] = _statistics(spec.kind, row_loss, logp, logq, p, q, d, top_k, ids).float()
+            stats[:, rows] = _statistics(spec.kind, row_loss, of_student, of_teacher, d, top_k, ids).float()
     return loss, saved, stats
 
 
@@ -106,15 +111,16 @@ def row_chunks(student: Tensor, teacher: Tensor | None, valid: Tensor | None) ->
 def load(
     logits: Tensor, rows: slice | Tensor, width: int, scale: float, softcap: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
-    """A fresh `[R, width]` copy of rows: raw logits, or x → c·tanh(scale·x/c); and 1 − tanh², None without a softcap.
+    """Rows `[R, width]` in `dtype`: raw logits (perhaps a view: read only), or x → c·tanh(scale·x/c); and 1 − tanh², None
+    without a softcap.
 
     Scale (without a softcap) and temperature are applied after the maximum is subtracted, see `factor`: at ±1e4 the other
     order would round away the digits that matter.
     """
-    x = _take(logits, rows)[:, :width].to(dtype, copy=True)
+    x = _take(logits, rows)[:, :width].to(dtype)
     if not softcap:
         return x, None
-    x.mul_(scale / softcap).tanh_()
+    x = x.mul(scale / softcap).tanh_()
     slope = x.square().neg_().add_(1.0)
     return x.mul_(softcap), slope
 
@@ -166,13 +172,27 @@ def _row_numbers(rows: slice | Tensor, device: torch.device) -> Tensor:
     return torch.arange(rows.start, rows.stop, device=device) if isinstance(rows, slice) else rows
 
 
-def _normalise(s: Tensor, t: Tensor, spec: Spec) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """norms `[R, 4]`, log q, log p, d = log p − log q from the values of `load`, which are overwritten."""
-    ms, mt = s.amax(-1, keepdim=True), t.amax(-1, keepdim=True)
-    _to_nats(s, ms, t, mt, spec)
-    log_zs, log_zt = s.exp().sum(-1, keepdim=True).log_(), t.exp().sum(-1, keepdim=True).log_()
-    d = _log_ratio(s, t, log_zs, log_zt)
-    return torch.cat((ms, log_zs, mt, log_zt), -1), s.sub_(log_zs), t.sub_(log_zt), d
+@dataclass(slots=True)
+class _Side:
+    """One model's rows: maximum of the values of `load` `[R, 1]`, values above it in nats (≤ 0) and probabilities `[R, V]`,
+    log z `[R, 1]`."""
+
+    top: Tensor
+    nats: Tensor
+    probs: Tensor
+    log_z: Tensor
+
+    def log_probs(self) -> Tensor:
+        return self.nats - self.log_z
+
+
+def _normalise(x: Tensor, unit: float) -> _Side:
+    """From the values of `load`; `unit` nats each."""
+    top = x.amax(-1, keepdim=True)
+    nats = _to_nats(x, top, unit)
+    probs = exponential(nats)
+    z = probs.sum(-1, keepdim=True)
+    return _Side(top, nats, probs.mul_(z.reciprocal()), z.log())
 
 
 def _probabilities(
@@ -183,23 +203,31 @@ def _probabilities(
     s, slope = load(student, rows, shared, spec.student_scale, spec.student_softcap, saved.dtype)
     t, _ = load(teacher, rows, shared, spec.teacher_scale, spec.teacher_softcap, saved.dtype)
     ms, log_zs, mt, log_zt, _ = saved[rows].unsqueeze(-1).unbind(1)
-    _to_nats(s, ms, t, mt, spec)
-    d = _log_ratio(s, t, log_zs, log_zt)
-    return s.sub_(log_zs).exp_(), t.sub_(log_zt).exp_(), d, slope
-
-
-def _to_nats(s: Tensor, ms: Tensor, t: Tensor, mt: Tensor, spec: Spec) -> None:
-    """(x − m)·factor in place; an excluded id (−inf) becomes −1e30, so that 0·log 0 is 0 and −inf − (−inf) is 0."""
     c_s, c_t, _ = units(spec)
-    for x, m, c in ((s, ms, c_s), (t, mt, c_t)):
-        x.sub_(m).clamp_min_(_EXCLUDED)
-        if c != 1.0:
-            x.mul_(c)
+    s, t = _to_nats(s, ms, c_s), _to_nats(t, mt, c_t)
+    d = (t - s).sub_(log_zt - log_zs)
+    return _scaled_exponential(s, log_zs), _scaled_exponential(t, log_zt), d, slope
 
 
-def _log_ratio(s: Tensor, t: Tensor, log_zs: Tensor, log_zt: Tensor) -> Tensor:
-    """log p − log q from shifted values in nats: the difference of values first, so that equal inputs give exactly 0."""
-    return (t - s).sub_(log_zt - log_zs)
+def exponential(nats: Tensor) -> Tensor:
+    """e^x, fresh; exp2 is several times faster than exp where exp goes through a vector library, and as exact here."""
+    return (nats * _LOG2E).exp2_()
+
+
+def _scaled_exponential(nats: Tensor, log_z: Tensor) -> Tensor:
+    """e^x / z, in place."""
+    return nats.mul_(_LOG2E).exp2_().mul_((-log_z).exp_())
+
+
+def _to_nats(x: Tensor, top: Tensor, unit: float) -> Tensor:
+    """(x − top)·unit, fresh; an excluded id (−inf) becomes −1e30, so that 0·log 0 is 0 and −inf − (−inf) is 0."""
+    x = (x - top).clamp_min_(_EXCLUDED)
+    return x if unit == 1.0 else x.mul_(unit)
+
+
+def _log_ratio(of_student: _Side, of_teacher: _Side) -> Tensor:
+    """log p − log q: the difference of values first, so that equal inputs give exactly 0."""
+    return (of_teacher.nats - of_student.nats).sub_(of_teacher.log_z - of_student.log_z)
 
 
 def _divergence_value(terms_sum: Tensor) -> Tensor:
@@ -208,21 +236,25 @@ def _divergence_value(terms_sum: Tensor) -> Tensor:
 
 
 def _statistics(
-    kind: str, loss: Tensor, logp: Tensor, logq: Tensor, p: Tensor, q: Tensor, d: Tensor, top_k: int, ids: Tensor | None
+    kind: str, loss: Tensor, of_student: _Side, of_teacher: _Side, d: Tensor, top_k: int, ids: Tensor | None
 ) -> Tensor:
     """`[n_stats, R]` in the order of `kinds.stat_names`."""
+    q, p = of_student.probs, of_teacher.probs
     forward_kl = loss if kind == "forward_kl" else _kl(p, q, d)
     reverse_kl = loss if kind == "reverse_kl" else _kl(q, p, -d)
-    student_entropy, teacher_entropy = _entropy(q, logq), _entropy(p, logp)
-    q_max, p_max = q.amax(-1), p.amax(-1)
-    first_on_both = (logq == logq.amax(-1, keepdim=True)) & (logp == logp.amax(-1, keepdim=True))
-    rows = [forward_kl, reverse_kl, student_entropy, teacher_entropy, forward_kl + teacher_entropy, q_max, p_max]
-    rows.append(first_on_both.any(-1).to(loss.dtype))
+    student_entropy, teacher_entropy = _entropy(of_student), _entropy(of_teacher)
+    first_on_both = (of_student.nats + of_teacher.nats).amax(-1) == 0  # values are ≤ 0, and 0 at the first
+    rows = [forward_kl, reverse_kl, student_entropy, teacher_entropy, forward_kl + teacher_entropy]
+    rows += [(-side.log_z.squeeze(-1)).exp() for side in (of_student, of_teacher)]
+    rows.append(first_on_both.to(loss.dtype))
     if top_k:
-        rows += _topk_statistics(logq, logp, min(top_k, q.shape[1]))
+        rows += _topk_statistics(of_student.nats, of_teacher.nats, min(top_k, q.shape[1]))
     if ids is not None:
-        chosen = (token_values(x, ids.unsqueeze(1)).squeeze(1) for x in (logq, logp))
-        rows += [x.masked_fill(x < 0.1 * _EXCLUDED, -torch.inf) for x in chosen]
+        for side in (of_student, of_teacher):
+            chosen = token_values(side.nats, ids.unsqueeze(1)).squeeze(1) - side.log_z.squeeze(1).masked_fill(
+                ids < 0, 0
+            )
+            rows.append(chosen.masked_fill(chosen < 0.1 * _EXCLUDED, -torch.inf))
     return torch.stack(rows)
 
 
@@ -230,11 +262,20 @@ def _kl(a: Tensor, b: Tensor, log_ratio: Tensor) -> Tensor:
     return _divergence_value(terms.weighted_phi(a, b, log_ratio).sum(-1))
 
 
-def _topk_statistics(logq: Tensor, logp: Tensor, k: int) -> list[Tensor]:
-    q_top, q_ids = logq.topk(k, sorted=False)
-    p_top, p_ids = logp.topk(k, sorted=False)
-    shared = (q_ids.unsqueeze(-1) == p_ids.unsqueeze(-2)).sum((-1, -2)).to(logq.dtype) / k
-    return [shared, *(_entropy(top.exp(), top) for top in (q_top.log_softmax(-1), p_top.log_softmax(-1)))]
+def _topk_statistics(student: Tensor, teacher: Tensor, k: int) -> list[Tensor]:
+    (q_top, q_ids), (p_top, p_ids) = _topk(student, k), _topk(teacher, k)
+    shared = (q_ids.unsqueeze(-1) == p_ids.unsqueeze(-2)).sum((-1, -2)).to(student.dtype) / k
+    log_probs = (top.log_softmax(-1) for top in (q_top, p_top))
+    return [shared, *(-x.exp().mul_(x).sum(-1) for x in log_probs)]
+
+
+def _topk(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`values.topk(k)` in no order. On CPU it sorts a heap of k where 64·k ≤ V, else partitions the row, several times slower."""
+    missing = 64 * k - values.shape[1]
+    if values.device.type == "cpu" and 0 < missing <= values.shape[1]:
+        values = torch.nn.functional.pad(values, (0, missing), value=-torch.inf)
+    found = values.topk(k, sorted=False)
+    return found.values, found.indices
 
 
 def token_values(log_probs: Tensor, ids: Tensor) -> Tensor:
@@ -243,5 +284,5 @@ def token_values(log_probs: Tensor, ids: Tensor) -> Tensor:
     return values.masked_fill(ids >= log_probs.shape[-1], -torch.inf).masked_fill(ids < 0, 0.0)
 
 
-def _entropy(p: Tensor, logp: Tensor) -> Tensor:
-    return -(p * logp).sum(-1)
+def _entropy(side: _Side) -> Tensor:
+    return side.log_z.squeeze(-1) - (side.probs * side.nats).sum(-1)

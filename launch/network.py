@@ -42,6 +42,8 @@ for c in all default; do echo 0 > $c/rp_filter; echo 1 > $c/arp_ignore; echo 2 >
 if [ -e /proc/sys/net/ipv6/conf/default/disable_ipv6 ]; then echo 1 > /proc/sys/net/ipv6/conf/default/disable_ipv6; fi
 """
 
+_CONGESTION = 'echo "$0" > /proc/sys/net/ipv4/tcp_congestion_control'
+_ALLOWED = Path("/proc/sys/net/ipv4/tcp_allowed_congestion_control")  # which namespaces may choose
 _RENAME = 'echo "$0" > /proc/sys/kernel/hostname; exec "$@"'
 
 
@@ -89,6 +91,7 @@ class Network:
     def build(self) -> None:
         """Makes the hosts and links, after removing what dead launchers left. Raises EmulationError."""
         check_machine()
+        _check_congestion(self.shape.congestion)
         remove_leftovers()
         try:
             self._build()
@@ -141,6 +144,8 @@ class Network:
         _command(["ip", "-batch", "-"], [f"netns add {name}" for name in (self.switch, *map(self.host, hosts))])
         for name in (self.switch, *map(self.host, hosts)):
             _command(["ip", "netns", "exec", name, "sh", "-ec", _SYSCTL])
+            if shape.congestion is not None:
+                _command(["ip", "netns", "exec", name, "sh", "-ec", _CONGESTION, shape.congestion])
         links = [line for bridge in self._bridges() for line in (f"add {bridge} type bridge", f"set {bridge} up")]
         shaped = []
         if shape.spine is not None:
@@ -204,6 +209,18 @@ def check_machine() -> None:
             f"An emulated cluster needs root (this is user {os.geteuid()}), because it makes network namespaces: "
             "run it with sudo, in a container with --privileged, or under unshare --user --map-root-user --net --mount "
             "with a /run/netns that can be written."
+        )
+
+
+def _check_congestion(name: str | None) -> None:
+    """Raises EmulationError for a congestion control that this machine does not let its namespaces choose."""
+    if name is None:
+        return
+    allowed = _ALLOWED.read_text().split()
+    if name not in allowed:
+        raise EmulationError(
+            f"Emulated hosts may not use {name!r} as congestion control: this machine allows {', '.join(allowed)}. To allow "
+            f"more: sysctl -w net.ipv4.tcp_allowed_congestion_control='{' '.join([*allowed, name])}' (and modprobe tcp_{name})."
         )
 
 

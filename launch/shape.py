@@ -24,7 +24,8 @@ class Shape:
 
     `spine` bytes per second and direction join the two halves of the hosts (None: all hosts share one switch per rail).
     `burst` bytes may pass a shaped link at once. "block" placement numbers the ranks host after host, "cyclic" deals
-    them out to the hosts in turn. Raises ValueError naming what is impossible.
+    them out to the hosts in turn. `congestion` names TCP's congestion control on the hosts (None: the machine's own).
+    Raises ValueError naming what is impossible.
     """
 
     ranks: tuple[int, ...]
@@ -32,6 +33,7 @@ class Shape:
     spine: float | None = None
     burst: int = DEFAULT_BURST
     placement: str = "block"
+    congestion: str | None = None
 
     def __post_init__(self) -> None:
         if not self.ranks or min(self.ranks) < 1 or len(self.ranks) > MAX_HOSTS:

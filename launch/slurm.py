@@ -26,6 +26,7 @@ AGAIN = 75  # EX_TEMPFAIL of sysexits.h: the exit status of a program that wants
 SIGNALS = ("USR1", "USR2")
 RUNTIMES = ("pyxis", "apptainer")
 _MOST_NODES, _MOST_TASKS = 200_000, 10_000
+_MOST_GRACE = 65535  # seconds, see sbatch(1)
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,9 @@ class SlurmJob:
     `program` is a script or ``-m module`` with its arguments; `ranks` one number per node; `folder` for logs, on a file
     system that all nodes share. `time` is SLURM's limit; `grace` seconds before it the ranks get `signal`. `sweep` holds
     ``name=value,value`` texts: an array job with one task per combination, each given as ``name=value`` after the program,
-    in which ``{task}`` stands for the number of the task. `exports` are variables, `setup` lines of shell, `options` more for
-    sbatch (``exclusive``, ``mem=0``).
+    in which ``{task}`` stands for the number of the task. `mounts` are folders that a container sees besides this one and
+    that of the logs, ``PATH`` or ``PATH:WHERE``. `exports` are variables, `setup` lines of shell, `options` more for sbatch
+    (``exclusive``, ``mem=0``).
     """
 
     program: Sequence[str]
@@ -53,7 +55,8 @@ class SlurmJob:
     grace: int = 120
     requeues: int = 100
     container: str | None = None
-    runtime: str = "pyxis"
+    runtime: str | None = None
+    mounts: Sequence[str] = ()
     python: str | None = None
     rails: str | None = None
     sweep: Sequence[str] = ()
@@ -63,24 +66,57 @@ class SlurmJob:
     exports: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        one_of = {"placement": PLACEMENTS, "signal": SIGNALS, "runtime": RUNTIMES}
+        one_of = {"placement": PLACEMENTS, "signal": SIGNALS, "runtime": (*RUNTIMES, None)}
         for name, known in one_of.items():
             if getattr(self, name) not in known:
-                raise JobError(f"--{name} {getattr(self, name)!r}: one of {', '.join(known)}.")
+                raise JobError(f"--{name} {getattr(self, name)!r}: one of {', '.join(filter(None, known))}.")
         least = {"gpus_per_rank": 0, "cpus_per_rank": 1, "grace": 1, "requeues": 0, "at_once": 1}
         for name, low in least.items():
             if getattr(self, name) is not None and getattr(self, name) < low:
                 raise JobError(f"--{name.replace('_', '-')} {getattr(self, name)}: at least {low}.")
-        if self.placement == "cyclic" and len(self.components) > 1:
+        if len(self.components) > 1:
+            self._check_components()
+        needed = {"at_once": "sweep", "runtime": "container", "mounts": "container"}
+        for name, other in needed.items():
+            if getattr(self, name) and not getattr(self, other):
+                given = name.replace("_", "-").removesuffix("s")
+                raise JobError(f"--{given} is for a job with --{other}; give that too, or leave --{given} out.")
+        self._check_texts()
+        self._check_time()
+
+    def _check_components(self) -> None:
+        if self.placement == "cyclic":
             raise JobError(
                 "--placement cyclic: SLURM numbers the components of a heterogeneous job one after the other."
             )
-        if self.sweep and len(self.components) > 1:
+        if self.sweep:
             raise JobError("--sweep: SLURM has no arrays of heterogeneous jobs; give every node as many ranks.")
-        given = (*self.options, self.name, self.time, self.partition, self.account)
-        for text in given:
+
+    def _check_texts(self) -> None:
+        one = {name: getattr(self, name) for name in ("name", "partition", "account", "container", "python", "rails")}
+        several = {"sbatch": self.options, "mount": self.mounts}
+        texts = [*one.items(), *((name, text) for name, values in several.items() for text in values)]
+        for name, text in texts:
             if text is not None and (not text.strip() or "\n" in text):
-                raise JobError(f"{text!r} cannot be an option of sbatch: it is empty or has several lines.")
+                raise JobError(f"--{name} {text!r} cannot be an option: it is empty or has several lines.")
+        for path in (self.folder.absolute(), Path.cwd()):
+            if "%" in str(path) or '"' in str(path) or "\\" in str(path):
+                raise JobError(
+                    f"{str(path)!r} has a %, a quote or a backslash, which sbatch takes for its own; rename it."
+                )
+
+    def _check_time(self) -> None:
+        """SLURM would take a grace longer than the limit, and signal the job as soon as it starts, time after time."""
+        if self.time is None:
+            return
+        limit = seconds_of(self.time)
+        if limit is not None and self.grace >= limit:
+            raise JobError(
+                f"--grace {self.grace} s is not less than --time {self.time} ({limit} s): the ranks would be told to stop at "
+                "once; give more time or less grace."
+            )
+        if self.grace > _MOST_GRACE:
+            raise JobError(f"--grace {self.grace}: SLURM signals at most {_MOST_GRACE} s before the limit.")
 
     @property
     def components(self) -> list[tuple[int, int]]:
@@ -118,6 +154,23 @@ def parse_nodes(text: str) -> tuple[int, ...]:
     return tuple(ranks)
 
 
+def seconds_of(limit: str) -> int | None:
+    """A time limit in sbatch's words: MINUTES, M:SS, H:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS; None without limit. Raises JobError."""
+    if limit.lower() in ("infinite", "unlimited"):
+        return None
+    match = re.fullmatch(r"(?:(\d{1,5})-)?(\d{1,7})(?::(\d{1,6}))?(?::(\d{1,6}))?", limit)
+    if match is None:
+        raise JobError(
+            f"--time {limit!r} is no time limit: write minutes, H:MM:SS or D-HH:MM, as in 30, 4:00:00, 1-12:00."
+        )
+    days, parts = match[1], [int(part) for part in match.groups()[1:] if part is not None]
+    if days is not None:  # D-H, D-H:M, D-H:M:S
+        hours, minutes, seconds = (*parts, 0, 0)[:3]
+    else:  # M, M:S, H:M:S
+        hours, minutes, seconds = parts if len(parts) == 3 else (0, *parts, 0)[:3]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
 def render(job: SlurmJob) -> str:
     """The batch script."""
     values = {
@@ -139,13 +192,12 @@ def render(job: SlurmJob) -> str:
 def _directives(job: SlurmJob) -> list[str]:
     shared = [
         f"job-name={job.name}",
-        f"output={job.log.absolute()}",
+        f'output="{job.log.absolute()}"',
         "open-mode=append",
-        f"chdir={Path.cwd()}",
+        f'chdir="{Path.cwd()}"',
         "requeue",
+        f"signal=B:{job.signal}@{job.grace}",
     ]
-    if job.time is not None:
-        shared += [f"signal=B:{job.signal}@{job.grace}"]
     if job.sweep:
         last = f"{len(job.tasks) - 1}"
         shared.append(f"array=0-{last}" + (f"%{job.at_once}" if job.at_once else ""))
@@ -166,7 +218,8 @@ def _words(job: SlurmJob) -> str:
     words = [python, "-u", *job.program]
     if job.container and job.runtime == "apptainer":
         nvidia = ["--nv"] if job.gpus_per_rank else []
-        words = ["apptainer", "exec", *nvidia, "--bind", f"{job.folder.absolute()},{Path.cwd()}", job.container, *words]
+        mounts = ["--bind", ",".join(_mounts(job)), "--pwd", str(Path.cwd())]
+        words = ["apptainer", "exec", *nvidia, *mounts, job.container, *words]
     return shlex.join(words)
 
 
@@ -185,17 +238,21 @@ def _exports(job: SlurmJob) -> dict[str, str]:
 
 
 def _signal_note(job: SlurmJob) -> str:
-    if job.time is None:
-        return f"SIG{job.signal} to this script (scancel --batch --signal={job.signal}) goes on to the ranks."
-    return f"{job.grace} s before the time limit SLURM sends SIG{job.signal} to this script; it goes on to the ranks."
+    limit = "the time limit" if job.time is not None else "the partition's time limit, if it has one,"
+    return f"{job.grace} s before {limit} SLURM sends SIG{job.signal} to this script; it goes on to the ranks."
 
 
 def _srun(job: SlurmJob) -> str:
     options = ["--kill-on-bad-exit=1", f"--distribution={job.placement}"]
     options += [f"--cpus-per-task={job.cpus_per_rank}"] if job.cpus_per_rank else []  # not inherited since SLURM 22.05
     options += [f"--het-group=0-{len(job.components) - 1}"] if len(job.components) > 1 else []
-    if job.container and job.runtime == "pyxis":
-        folders = dict.fromkeys((str(job.folder.absolute()), str(Path.cwd())))
+    if job.container and job.runtime != "apptainer":
         options += [f"--container-image={job.container}", f"--container-workdir={Path.cwd()}"]
-        options += ["--container-mounts=" + ",".join(f"{folder}:{folder}" for folder in folders)]
+        options += ["--container-mounts=" + ",".join(_mounts(job))]
     return shlex.join(options)
+
+
+def _mounts(job: SlurmJob) -> list[str]:
+    """Folders of the node that the container sees, as both runtimes read them: PATH:WHERE."""
+    folders = dict.fromkeys((str(job.folder.absolute()), str(Path.cwd()), *job.mounts))
+    return [folder if ":" in folder else f"{folder}:{folder}" for folder in folders]

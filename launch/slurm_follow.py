@@ -10,6 +10,7 @@ with the earliest time, to the precision of the nodes' clocks. Where a rank had 
 from __future__ import annotations
 
 import re
+import signal
 import sys
 import time
 from dataclasses import dataclass, field
@@ -52,6 +53,8 @@ class End:
         if self.outcome.failed is not None:
             return self.outcome.status
         bad = [state for state in self.states.values() if state != "COMPLETED"]
+        if bad and AGAIN in self.outcome.statuses.values():
+            return AGAIN  # stopped as it was told, and not started again
         return {"CANCELLED": 143, "TIMEOUT": 124}.get(bad[0], 1) if bad else 0
 
 
@@ -108,6 +111,8 @@ class Follower:
     def _end(self, states: dict[str, str]) -> End:
         tasks = sorted(self.job.folder.glob("task-*")) or [self.job.folder]
         last = [read_life(lives(task)[-1], self._log(task)) for task in tasks]
+        if "CANCELLED" in states.values():
+            last = [_spared(life) for life in last]
         worst = next((life for life in last if life.outcome.failed is not None), last[-1])
         return End(states, worst, self._log(worst.folder))
 
@@ -142,6 +147,12 @@ def read_life(folder: Path, log: list[str]) -> Life:
         if statuses.get(rank) is None:
             return Life(folder, Outcome(statuses | {rank: _status(match[3])}, rank, last_lines(folder, rank)), match[1])
     return Life(folder, Outcome(statuses))
+
+
+def _spared(life: Life) -> Life:
+    """Of a job that was cancelled: a rank that ended by SLURM's own SIGTERM or SIGKILL has not failed."""
+    ended = life.outcome.failed is not None and life.outcome.status in (128 + signal.SIGTERM, 128 + signal.SIGKILL)
+    return Life(life.folder, Outcome(life.outcome.statuses)) if ended else life
 
 
 def _status(words: str) -> int:

@@ -19,8 +19,9 @@ from distill.config import RunConfig, load_config
 from distill.engine import accumulation_steps
 from distill.errors import ConfigError
 from distill.methods import build_method
+from distill.record_run import RecordsSection
 from distill.records import RecordFolder
-from distill.rollout import RecordsSection, load_rollout_config
+from distill.rollout import load_rollout_config
 from distill.runs import RunFolder
 
 

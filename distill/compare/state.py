@@ -2,6 +2,7 @@
 
 ``job.json`` says what a folder was made with: the resolved configuration, the number of ranks, and a digest of every
 stage that it uses, so that a teacher trained anew makes everything after it out of date. ``outcome.json`` is written last.
+A newer version that knows more keys finds its folders up to date, as long as the new keys have their defaults.
 """
 
 from __future__ import annotations
@@ -11,11 +12,14 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from distill.compare.plan import Job
+from distill.config import EvalSection, defaults_of
 from distill.errors import CheckpointError, ConfigError
 from distill.progress import say
+from distill.record_run import RecordsSection
 from distill.runs import FREE_KEYS, differing_keys, write_json
 
 
@@ -27,8 +31,9 @@ def settings_of(job: Job) -> dict[str, Any]:
 
 
 def digest(job: Job) -> str:
-    """A short name for the settings, free of those keys that change no result."""
-    settings = settings_of(job)
+    """A short name for the settings that the job's folder was made with, or will be, free of keys that change no result."""
+    file = job.folder.path / "job.json"
+    settings = _read(file) if file.exists() and not changes(job) else settings_of(job)
     settings["train"] = _without_free(settings["train"])
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -47,11 +52,12 @@ def changes(job: Job) -> list[str]:
     if not file.exists():
         return []
     before, now = _read(file), settings_of(job)
-    found = [f"{key}: {old!r} there, {new!r} now" for key, old, new in differing_keys(before["train"], now["train"])]
+    differing = differing_keys(before["train"], now["train"], partial(defaults_of, job.config))
+    records = partial(asdict, RecordsSection())
+    differing += differing_keys(before.get("records", {}), now.get("records", {}), records, "records.")
+    found = [f"{key}: {old!r} there, {new!r} now" for key, old, new in differing]
     if before["ranks"] != now["ranks"]:
         found.append(f"compare.ranks: {before['ranks']} there, {now['ranks']} now")
-    if before.get("records") != now.get("records"):
-        found.append(f"records: {before.get('records')} there, {now.get('records')} now")
     for name in sorted({*before["after"], *now["after"]}):
         if before["after"].get(name) != now["after"].get(name):
             found.append(f"the model of {name} has changed")
@@ -93,7 +99,9 @@ def finish(job: Job, figures: dict[str, Any]) -> None:
 def complete(job: Job) -> dict[str, Any] | None:
     """The figures of a job that is done with these evaluation settings, or None."""
     outcome = _outcome(job)
-    return dict(outcome["figures"]) if outcome is not None and outcome["eval"] == job.evaluation else None
+    if outcome is None or differing_keys(outcome["eval"], job.evaluation, partial(asdict, EvalSection()), "eval."):
+        return None
+    return dict(outcome["figures"])
 
 
 def _outcome(job: Job) -> dict[str, Any] | None:

@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from distill.compare.plan import Job
 from distill.config import RunConfig, check_config
 from distill.errors import DistillError
-from distill.rollout import RecordsSection
+from distill.record_run import RecordsSection
 
 
 def run_rank(job: Job, environment: Mapping[str, str], report: Connection) -> None:

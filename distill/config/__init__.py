@@ -8,7 +8,7 @@ value stops the run before anything is loaded, with the nearest valid name in th
 """
 
 from distill.config.checks import build, check_keys, in_range, nearest, one_of
-from distill.config.loading import check_config, compose_config, conf_folder, load_config
+from distill.config.loading import check_config, compose_config, conf_folder, defaults_of, load_config
 from distill.config.sections import (
     AggregationSpec,
     CommConfig,
@@ -48,6 +48,7 @@ __all__ = [
     "check_keys",
     "compose_config",
     "conf_folder",
+    "defaults_of",
     "in_range",
     "load_config",
     "nearest",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
 
@@ -26,6 +26,13 @@ def in_range(key: str, value: float, low: float | None = None, high: float | Non
     if (low is not None and not value >= low) or (high is not None and not value <= high):
         bounds = f"at least {low}" if high is None else f"between {low} and {high}"
         raise ConfigError(f"{key}={value} is out of range; it must be {bounds}")
+
+
+def and_above(key: str) -> Iterator[str]:
+    """a.b.c → a.b.c, a.b, a."""
+    while key:
+        yield key
+        key = key.rpartition(".")[0]
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from distill.config.checks import build, nearest
+from distill.config.checks import and_above, build, nearest
 from distill.config.sections import SECTIONS, RunConfig
 from distill.data import DataConfigError, data_config
 from distill.errors import ConfigError
@@ -24,7 +25,34 @@ def load_config(name: str, overrides: Sequence[str]) -> RunConfig:
 
     Raises ConfigError for an unknown key, group or value (with the nearest valid one), or a value out of range.
     """
-    return check_config(compose_config(name, overrides))
+    config = check_config(compose_config(name, overrides))
+    config.origin = (name, tuple(overrides))
+    return config
+
+
+def defaults_of(config: RunConfig) -> dict[str, Any]:
+    """The value that ``conf/`` gives every key where nothing is overridden: the same choice in each group, no experiment.
+
+    What a run that was started before a key existed did, is what the key's default does now (``distill.runs``).
+    """
+    return _defaults(config.origin[0], _choices(*config.origin))
+
+
+@cache
+def _choices(name: str, overrides: tuple[str, ...]) -> tuple[str, ...]:
+    """The choices in the groups that these overrides lead to, as overrides."""
+    with initialize_config_dir(version_base="1.3", config_dir=str(conf_folder())):
+        choices = compose(config_name=name, overrides=list(overrides), return_hydra_config=True).hydra.runtime.choices
+    known = {path.name for path in conf_folder().iterdir()} - {"experiment"}
+    return tuple(f"{group}={choice}" for group, choice in choices.items() if group in known and choice is not None)
+
+
+@cache
+def _defaults(name: str, choices: tuple[str, ...]) -> dict[str, Any]:
+    with initialize_config_dir(version_base="1.3", config_dir=str(conf_folder())):
+        plain = OmegaConf.to_container(compose(config_name=name, overrides=list(choices)), resolve=True)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
 
 
 def compose_config(name: str, overrides: Sequence[str]) -> DictConfig:
@@ -96,18 +124,11 @@ def _explain(error: Exception, name: str, overrides: Sequence[str]) -> str:
         key, separator, _ = override.lstrip("+~").partition("=")
         if not separator:
             return f"'{override}' is not of the form key=value"
-        if any(OmegaConf.select(composed, part) == {} for part in _and_above(key)) and not override.startswith("+"):
+        if any(OmegaConf.select(composed, part) == {} for part in and_above(key)) and not override.startswith("+"):
             return f"{key} takes new names; put a plus in front: '+{override}'"
         if key not in valid:
             return f"unknown key '{key}'; {nearest(key, valid)}"
     return str(error).splitlines()[0]
-
-
-def _and_above(key: str) -> Iterable[str]:
-    """a.b.c → a.b.c, a.b, a."""
-    while key:
-        yield key
-        key = key.rpartition(".")[0]
 
 
 def _flat_keys(config: DictConfig, prefix: str = "") -> Iterable[str]:

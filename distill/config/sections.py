@@ -316,6 +316,7 @@ class RunConfig:
     checkpoint: CheckpointSection
     run: RunSection
     resolved: dict[str, Any]  # the plain mapping all of this came from
+    origin: tuple[str, tuple[str, ...]] = ("config", ())  # the YAML file and the overrides that were composed
 
 
 SECTIONS: dict[str, type] = {

@@ -40,6 +40,7 @@ class TeacherSource:
     path: str | None = None  # folder or hub name
     weight: float = 1.0  # of its samples (mixture=route), or in the mean of probabilities
     tags: list[str] = field(default_factory=list)  # samples of these tags are its own; its name is always one
+    url: list[str] = field(default_factory=list)  # placement=server: servers of its own; empty: teacher.server.url
 
     def __post_init__(self) -> None:
         in_range("teacher.many.NAME.weight", self.weight, low=0.0)

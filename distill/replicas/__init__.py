@@ -1,7 +1,10 @@
 """Several jobs that train one model and may die: what the trainer asks of them, and the answers when there is one job.
 
     one.py      a job on its own: every question has a simple answer
-    many.py     one of several replicas: dealing of samples, figures and gradients over all, the commit of a step
+    many.py     one of several replicas: dealing of samples, the commit of a step, who writes
+    joining.py  how a replica gets its seat
+    lanes.py    facts, figures and gradients over all replicas, in one epoch
+    agreement.py   all ranks of a job return, or all raise the same
     transfer.py the state that a returning replica fetches, and the steps that it catches up with
     books.py    what is written once per step, and who made which sample
 

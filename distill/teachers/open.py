@@ -81,7 +81,9 @@ def _single(
 
         if part is None:
             return open_server(config, parts)
-        served = replace(section.server, model=part.spec.path) if section.many else section.server
+        served, source = section.server, section.many.get(name)
+        if source is not None:
+            served = replace(served, model=part.spec.path, url=source.url or served.url)
         alone = replace(config, teacher=replace(section, many={}, server=served))
         return open_server(alone, replace(parts, teacher=part.model, tokenizer=part.tokenizer or parts.tokenizer))
     if own is None:

@@ -73,6 +73,12 @@ def check_many(section: TeacherSection) -> None:
                 f"teacher.many: '{name}' cannot be a teacher's name; take letters, digits, _ . and -, and not student, teacher or "
                 "reference"
             )
+    for name, source in section.many.items():
+        if source.url and section.placement != "server":
+            raise ConfigError(
+                f"teacher.many.{name}.url={','.join(source.url)} is a server, and teacher.placement={section.placement}; set "
+                "teacher=server, or leave the url out"
+            )
     if not section.many or section.mixture == "route":
         Route(section)
         return

@@ -1,12 +1,11 @@
-"""Measures what ranks share when all hosts are emulated on one machine: its cores. For ``python -m ncclx_py.simulate.accuracy``.
+"""What a NIC carries in the long run, and what it loses when many streams share it. For ``python -m ncclx_py.simulate.accuracy``.
 
-    ncclx launch emulate 2x4 --rate 200mbit -- -m ncclx_py.bench.sharing machine.json
+    ncclx launch emulate 2x4 --rate 200mbit -- -m ncclx_py.bench.sharing FILE
 
-None of the figures is from a collective that moves data. *Messages* of one element, from all ranks at once to the next: with more
-ranks than cores the cores are what limits them, so a message costs time × cores / ranks. *Wakings*: what the same costs more in
-a ring, where each message waits for the one before. *Calls*: an all-reduce of no elements, which goes all the way and sends
-nothing, on all ranks at once. *Bytes between hosts*: processor time of streams on all NICs, per byte. *Copies*: streams of all
-ranks inside their hosts; each byte is copied by its sender and by its receiver.
+Streams between hosts, all NICs busy in both directions: first one stream per host, to the next; then from one rank of each host
+to one of every other; then from every rank to all ranks of other hosts. Each with a short and a long one: the difference is the
+rate in the long run, without what a shaped link lets pass for free at first. Streams are raw messages, not a collective: every
+stream stands by itself, and no rank waits for another.
 """
 
 from __future__ import annotations
@@ -16,132 +15,101 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections import Counter
+from collections.abc import Sequence
 from datetime import timedelta
-from itertools import pairwise
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 import ncclx_py  # noqa: F401  (registers the backend)
-from ncclx_py.bench.probing import stream_plan
 from ncclx_py.plans.plan import Program, RankPlan, Span
-from ncclx_py.simulate.machine import Machine
+from ncclx_py.plans.topology import Topology
 from ncclx_py.transport.executor import Executor
 from ncclx_py.transport.fabric import Fabric
 from ncclx_py.transport.signature import Signature
+from ncclx_py.transport.window import LANES
 
-_ROUNDS = 200  # messages of each rank in a ring
-_CALLS = 200
-_REPEATS = 7
-_INSIDE, _BETWEEN = 8 << 20, 4 << 20  # bytes of a stream
+Streams = tuple[tuple[int, int], ...]  # (sender, receiver)
+_FIRST = 1 << 20  # bytes of a NIC in a trial that tells how long the measured ones should be
+_SHORT, _LONG = 0.05, 0.2  # seconds that these take
+_REPEATS = 5
 _DEADLINE = timedelta(seconds=60)
 
 
-def measure(cores: int) -> Machine:
-    """Every rank of the job calls it, and gets the same. Raises ValueError where there is one host, or one rank on each."""
+def measure() -> list[tuple[int, float]]:
+    """(streams per NIC, bytes per second of a NIC), fewest streams first. Every rank of the job calls it, and gets the same.
+
+    Raises ValueError where there is one host.
+    """
     dist.init_process_group("gloo", timeout=_DEADLINE)
     try:
         rank, size = dist.get_rank(), dist.get_world_size()
         store = dist.PrefixStore("sharing/", dist.distributed_c10d._get_default_store())
         fabric = Fabric.connect(store, rank, size, _DEADLINE)
         try:
-            return _Sharing(fabric, cores).run()
+            if len(fabric.topology.hosts) < 2:
+                raise ValueError("There is one host, and so no NIC in use: give two or more.")
+            probe = _Probe(fabric)
+            return [probe.rate(streams) for streams in patterns(fabric.topology)]
         finally:
             fabric.close()
     finally:
         dist.destroy_process_group()
 
 
-class _Sharing:
-    def __init__(self, fabric: Fabric, cores: int) -> None:
-        self._topology = fabric.topology
-        self._rank, self._size = fabric.rank, fabric.size
-        self._executor = Executor(fabric)
-        self._busy = min(cores, fabric.size) / fabric.size
-        self._cores = cores
-        self._calls = 0
-        hosts = self._topology.hosts
-        if len(hosts) < 2 or min(map(len, hosts)) < 2:
-            raise ValueError(f"{len(hosts)} hosts of {[len(host) for host in hosts]} ranks: give at least 2x2.")
-
-    def run(self) -> Machine:
-        hosts = self._topology.hosts
-        inside = {rank: after for host in hosts for rank, after in pairwise((*host, host[0]))}
-        between = {
-            rank: hosts[(index + 1) % len(hosts)][place % len(hosts[(index + 1) % len(hosts)])]
-            for index, host in enumerate(hosts)
-            for place, rank in enumerate(host)
-        }
-        local, remote = (self._message(pairs, waits=False) for pairs in (inside, between))
-        slept = [self._message(pairs, waits=True) - plain for pairs, plain in ((inside, local), (between, remote))]
-        moved, _ = self._run(stream_plan(self._rank, inside, _INSIDE), _INSIDE)
-        _, spent = self._run(stream_plan(self._rank, between, _BETWEEN), _BETWEEN)
-        return Machine(
-            cores=self._cores,
-            local=local,
-            remote=remote,
-            wake=max(0.0, statistics.mean(slept)),
-            call=self._call() * self._busy,
-            copy=moved * self._busy / (2 * _INSIDE),
-            wire=spent / (self._size * _BETWEEN),
-        )
-
-    def _message(self, pairs: Mapping[int, int], waits: bool) -> float:
-        """Core seconds of a message, both ends together."""
-        return self._run(message_plan(self._rank, pairs, waits), 1)[0] * self._busy / _ROUNDS
-
-    def _run(self, plan: RankPlan, length: int) -> tuple[float, float]:
-        """(Seconds of the slowest rank, processor seconds of all), medians of some runs after one that does not count."""
-        buffers = {"data": torch.zeros(2 * length, dtype=torch.uint8)}
-        schedule = self._executor.lower(plan, {"data": 2 * length})
-        found = []
-        for _ in range(_REPEATS + 1):
-            self._calls += 1
-            signature = Signature(self._calls, "sharing", torch.uint8, 2 * length)
-            dist.barrier()
-            began, work = time.perf_counter(), time.thread_time()
-            self._executor.run(schedule, buffers, None, signature, time.monotonic() + _DEADLINE.total_seconds())
-            found.append(self._everyone(time.perf_counter() - began, time.thread_time() - work))
-        return statistics.median(one[0] for one in found[1:]), statistics.median(one[1] for one in found[1:])
-
-    def _call(self) -> float:
-        """Seconds of a call that sends nothing, while all ranks call."""
-        group = dist.new_group(backend="ncclx", timeout=_DEADLINE)
-        nothing = torch.empty(0)
-        found = []
-        try:
-            for _ in range(_REPEATS + 1):
-                dist.barrier()
-                began = time.perf_counter()
-                for _ in range(_CALLS):
-                    dist.all_reduce(nothing, group=group)
-                found.append(self._everyone((time.perf_counter() - began) / _CALLS, 0.0)[0])
-        finally:
-            dist.destroy_process_group(group)
-        return statistics.median(found[1:])
-
-    def _everyone(self, seconds: float, work: float) -> tuple[float, float]:
-        slowest, total = torch.tensor([seconds], dtype=torch.float64), torch.tensor([work], dtype=torch.float64)
-        dist.all_reduce(slowest, dist.ReduceOp.MAX)
-        dist.all_reduce(total)
-        return slowest.item(), total.item()
+def patterns(topology: Topology) -> list[Streams]:
+    """Sets of streams between hosts, from few to many per NIC; those that are equal once."""
+    hosts = topology.hosts
+    ring = tuple((host[0], hosts[(index + 1) % len(hosts)][0]) for index, host in enumerate(hosts))
+    apart = [(one, other) for one in range(len(hosts)) for other in range(len(hosts)) if one != other]
+    firsts = tuple((hosts[one][0], hosts[other][0]) for one, other in apart)
+    everyone = tuple((source, target) for one, other in apart for source in hosts[one] for target in hosts[other])
+    return list(dict.fromkeys((ring, firsts, everyone)))
 
 
-def message_plan(rank: int, following: Mapping[int, int], waits: bool) -> RankPlan:
-    """`_ROUNDS` messages of one element to the rank that follows, and as many from the one before: each sent once the one before
-    has come, or all at once."""
+def stream_plan(rank: int, streams: Streams, length: int) -> RankPlan:
+    """`length` elements in each stream, all at once; of `data`, the first `length` are sent."""
     program = Program(rank)
-    before = next(source for source, target in following.items() if target == rank)
-    for _ in range(_ROUNDS):
-        program.send(Span("data", 0, 1), following[rank])
-        if waits:
-            program.recv(Span("data", 0, 1), before)
-    for _ in range(0 if waits else _ROUNDS):
-        program.recv(Span("data", 1, 2), before)
+    mine = [target for source, target in streams if source == rank]
+    theirs = [source for source, target in streams if target == rank]
+    for target in sorted(mine, key=lambda target: (target < rank, target)):  # not all to the same rank first
+        program.send(Span("data", 0, length), target, lane=(rank + target) % LANES)
+    for place, source in enumerate(theirs, 1):
+        program.recv(Span("data", place * length, (place + 1) * length), source, lane=(source + rank) % LANES)
     return program.finish()
+
+
+class _Probe:
+    def __init__(self, fabric: Fabric) -> None:
+        self._fabric, self._executor = fabric, Executor(fabric)
+        self._calls = 0
+
+    def rate(self, streams: Streams) -> tuple[int, float]:
+        host_of = self._fabric.topology.host_of
+        per_nic = max(Counter(host_of[source] for source, _ in streams).values())
+        pace = _FIRST / self._seconds(streams, _FIRST // per_nic, 1)
+        short, long = (max(1, int(pace * seconds) // per_nic) for seconds in (_SHORT, _LONG))
+        took = [self._seconds(streams, length, _REPEATS) for length in (short, long)]
+        return per_nic, per_nic * (long - short) / max(took[1] - took[0], 1e-9)
+
+    def _seconds(self, streams: Streams, length: int, repeats: int) -> float:
+        """Of the slowest rank; the median of some runs after one that does not count."""
+        whole = length * (1 + max(Counter(target for _, target in streams).values()))
+        buffers = {"data": torch.zeros(whole, dtype=torch.uint8)}
+        schedule = self._executor.lower(stream_plan(self._fabric.rank, streams, length), {"data": whole})
+        found = []
+        for _ in range(repeats + 1):
+            self._calls += 1
+            signature = Signature(self._calls, "sharing", torch.uint8, whole)
+            dist.barrier()
+            began = time.perf_counter()
+            self._executor.run(schedule, buffers, None, signature, time.monotonic() + _DEADLINE.total_seconds())
+            slowest = torch.tensor([time.perf_counter() - began], dtype=torch.float64)
+            dist.all_reduce(slowest, dist.ReduceOp.MAX)
+            found.append(slowest.item())
+        return statistics.median(found[1:])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -149,9 +117,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if len(words) != 1 or "RANK" not in os.environ:
         print("usage: ncclx launch emulate HxG -- -m ncclx_py.bench.sharing FILE", file=sys.stderr)
         return 2
-    found = measure(os.cpu_count() or 1)
+    found = measure()
     if os.environ["RANK"] == "0":
-        Path(words[0]).write_text(json.dumps(asdict(found), indent=1) + "\n", encoding="utf-8")
+        Path(words[0]).write_text(json.dumps(found) + "\n", encoding="utf-8")
     return 0
 
 

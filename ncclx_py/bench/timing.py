@@ -25,18 +25,20 @@ _LONG = 0.3  # seconds from which a call is timed alone: what links let pass for
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds per call: the median sample of the slowest rank, and percentiles over all ranks and samples."""
+    """Seconds per call: the median sample of the slowest rank, and percentiles over all ranks and samples; `samples` are those of
+    the slowest rank, in order."""
 
     median: float
     p50: float
     p95: float
+    samples: tuple[float, ...] = ()
 
 
 def times_of(samples: Sequence[Sequence[float]]) -> Times:
     """`samples[rank][i]` is sample i on `rank`, in seconds."""
     slowest = [max(ranks) for ranks in zip(*samples)]
     everything = sorted(value for rank in samples for value in rank)
-    return Times(statistics.median(slowest), statistics.median(everything), percentile(everything, 95))
+    return Times(statistics.median(slowest), statistics.median(everything), percentile(everything, 95), tuple(slowest))
 
 
 def percentile(ascending: Sequence[float], percent: float) -> float:

@@ -47,13 +47,15 @@ class Options:
 
 @dataclass(frozen=True)
 class Trial:
-    """One algorithm at one size: what the model said (seconds), and the row that was measured or why there is none."""
+    """One algorithm at one size: what the model said (seconds), and the row that was measured (the median of `samples`) or why
+    there is none."""
 
     collective: str
     bytes: int
     candidate: Candidate
     row: Row | None
     note: str = ""
+    samples: tuple[float, ...] = ()
 
 
 def tune(
@@ -119,7 +121,11 @@ class _Collective:
         times = measure(calls, control, self._options.iters, 1, "cpu") if sound else []
         rows = {str(one): self._row(case, one, took.median, True) for one, took in zip(sound, times)}
         rows |= {str(one): self._row(case, one, _FAILED, False) for one in tried if failures[str(one)]}
-        trials = [Trial(self._collective, case.bytes, one, rows[str(one)], failures[str(one)]) for one in tried]
+        samples = {str(one): took.samples for one, took in zip(sound, times)}
+        trials = [
+            Trial(self._collective, case.bytes, one, rows[str(one)], failures[str(one)], samples.get(str(one), ()))
+            for one in tried
+        ]
         return trials + [Trial(self._collective, case.bytes, one, None, one.why_not) for one in left_out]
 
     def _fault(self, case: Case, tensors: object, one: Candidate, control: dist.ProcessGroup) -> str:

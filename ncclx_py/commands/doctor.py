@@ -62,20 +62,23 @@ def run(args: argparse.Namespace) -> int:
         if launch.rank:
             return _follow(gather.hand_in(store, facts, until), launch)
     except gather.StoreError as error:
-        return _alone(args, facts, launch, where, str(error))
+        status = _alone(args, facts, launch, where, str(error))
+        if gather.left_behind():
+            sys.stderr.flush()
+            os._exit(status)
+        return status
     return _lead(args, store, facts, where, until)
 
 
 def _where(text: str | None, launch: Launch) -> tuple[str, int] | None:
     """Where the ranks meet; None for a rank alone. Raises ValueError."""
-    if launch.size == 1:
-        return None
     if text is None:
-        return gather.meeting_point(launch, os.environ)
+        return None if launch.size == 1 else gather.meeting_point(launch, os.environ)
     host, _, port = text.rpartition(":")
     if not host:
         raise ValueError(f"--store {text!r}: write HOST:PORT.")
-    return host, gather.port_number(port, "--store")
+    where = host, gather.port_number(port, "--store")
+    return None if launch.size == 1 else where
 
 
 def _lead(args: argparse.Namespace, store: object, facts: Facts, where: tuple[str, int], until: float) -> int:

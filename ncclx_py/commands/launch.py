@@ -18,7 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from ncclx_py.commands import launch_slurm
-from ncclx_py.commands.launch_report import PROGRAM, add_shared_arguments, make_folder, read_faults, record, report
+from ncclx_py.commands.launch_report import (
+    PROGRAM,
+    add_shared_arguments,
+    check_record,
+    make_folder,
+    read_faults,
+    record,
+    report,
+)
 from ncclx_py.faults.spec import InjectError
 from ncclx_py.launch.emulate import Cluster
 from ncclx_py.launch.inject import Drill
@@ -98,13 +106,19 @@ def add_link_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--burst", default="128kb", metavar="SIZE", help="bytes that may pass a shaped link at once (default 128kb)"
     )
+    parser.add_argument(
+        "--congestion",
+        metavar="NAME",
+        help="TCP's congestion control on the hosts, as reno or bbr (default: the machine's)",
+    )
 
 
 def shape_of(cluster: str, args: argparse.Namespace, placement: str) -> Shape:
     """The shape that the options of `add_link_arguments` describe. Raises ValueError naming the option at fault."""
     spine = None if args.spine is None else parse_bandwidth(args.spine)
     burst = parse_size(args.burst.replace("kb", "KiB"))  # tc's kb
-    return Shape(parse_ranks(cluster), parse_rates(args.rate, args.rails), spine, burst, placement)
+    rates = parse_rates(args.rate, args.rails)
+    return Shape(parse_ranks(cluster), rates, spine, burst, placement, args.congestion)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -117,7 +131,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _emulate(args: argparse.Namespace) -> int:
-    shape = shape_of(args.cluster, args, args.placement)
+    try:
+        shape = shape_of(args.cluster, args, args.placement)
+    except ValueError as error:
+        raise JobError(str(error)) from None
+    check_record(args.json)
     faults = read_faults(args.inject, shape.size, shape)
     folder = None if args.log_dir is None else make_folder(args.log_dir, None)
     watched = Watched(folder, os.environ)
@@ -142,6 +160,7 @@ def _torchrun(args: argparse.Namespace) -> int:
 
     options = {field.name: getattr(args, field.name) for field in fields(torchrun.Job)}
     job = torchrun.Job(**options)
+    check_record(args.json)
     faults = read_faults(args.inject, job.ranks)
     folder = make_folder(args.log_dir, args.rdzv_id)
     watched = Watched(folder, os.environ)
@@ -168,5 +187,6 @@ def _emulated_record(args: argparse.Namespace, shape: Shape) -> dict[str, Any]:
         "rates_bytes_per_s": shape.rates,
         "spine_bytes_per_s": shape.spine,
         "burst_bytes": shape.burst,
+        "congestion": shape.congestion,
         "host_of": shape.host_of,
     }

@@ -12,7 +12,7 @@ from typing import Any
 
 from ncclx_py.faults.spec import Fault, check_links, check_ranks, parse
 from ncclx_py.launch.inject import Drill
-from ncclx_py.launch.ranks import Outcome, describe
+from ncclx_py.launch.ranks import JobError, Outcome, describe
 from ncclx_py.launch.shape import Shape
 from ncclx_py.launch.watched import Watched
 
@@ -43,8 +43,19 @@ def read_faults(texts: Sequence[str], ranks: int | None, shape: Shape | None = N
 def make_folder(parent: Path, name: str | None) -> Path:
     """A folder for this launch: one that all nodes of a named job share, or one of its own."""
     folder = parent / (name or f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise JobError(f"--log-dir {parent} cannot be written: {error.strerror}; choose another folder.") from None
     return folder
+
+
+def check_record(file: Path | None) -> None:
+    """Refuse before the job starts what would lose its record at the end. Raises JobError."""
+    if file is not None and (file.is_dir() or not os.access(file.absolute().parent, os.W_OK)):
+        raise JobError(
+            f"--json {file} cannot be written: is {file.absolute().parent} a folder that you may write into?"
+        )
 
 
 def report(

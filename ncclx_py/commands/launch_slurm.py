@@ -16,13 +16,21 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ncclx_py.commands.launch_report import PROGRAM, add_shared_arguments, make_folder, read_faults, record, report
+from ncclx_py.commands.launch_report import (
+    PROGRAM,
+    add_shared_arguments,
+    check_record,
+    make_folder,
+    read_faults,
+    record,
+    report,
+)
 from ncclx_py.launch.inject import Drill
 from ncclx_py.launch.ranks import Interrupted, JobError, raise_on_signals
 from ncclx_py.launch.shape import PLACEMENTS, str_ranks
 from ncclx_py.launch.slurm import RUNTIMES, SIGNALS, SlurmJob, parse_nodes, render
 from ncclx_py.launch.slurm_follow import Follower
-from ncclx_py.launch.slurm_queue import cancel, submit
+from ncclx_py.launch.slurm_queue import SlurmError, cancel, submit
 from ncclx_py.launch.watched import Watched
 
 _SLURM = "run a torchrun program as a batch job of SLURM, one task per rank"
@@ -32,7 +40,7 @@ def add(ways: Any) -> None:
     parser = ways.add_parser(
         "slurm",
         help=_SLURM,
-        description=_SLURM.capitalize() + ".",
+        description=f"{_SLURM[0].upper()}{_SLURM[1:]}.",
         usage=f"ncclx launch slurm CLUSTER [options] {PROGRAM}",
     )
     add = parser.add_argument
@@ -54,8 +62,9 @@ def add(ways: Any) -> None:
         "--sweep", action="append", default=[], metavar="NAME=V,V", help="an array over these values; repeat for a grid"
     )
     add("--at-once", type=int, metavar="N", help="tasks of the array that run at the same time")
-    add("--container", metavar="IMAGE", help="run the ranks in it")
-    add("--runtime", choices=RUNTIMES, default="pyxis", help="that starts containers (default pyxis)")
+    add("--container", metavar="IMAGE", help="run the ranks in it: for pyxis REGISTRY#IMAGE:TAG or a .sqsh file")
+    add("--runtime", choices=RUNTIMES, help="that starts containers (default pyxis)")
+    add("--mount", action="append", default=[], metavar="PATH", help="for the container to see, or PATH:WHERE; repeat")
     add("--python", metavar="PATH", help="interpreter on the nodes (default: this one; in a container: python)")
     add(
         "--setup",
@@ -88,17 +97,27 @@ def _slurm(args: argparse.Namespace) -> int:
         raise JobError("--json writes how the job ended: give --wait too.")
     if args.inject and args.sweep:
         raise JobError("--inject goes with one job, not with --sweep.")
+    check_record(args.json)
     faults = read_faults(args.inject, sum(ranks))
+    if args.sweep and not any("{task}" in word for word in args.program):
+        print(
+            "ncclx launch: no {task} in the program: all tasks of the array write where the program says",
+            file=sys.stderr,
+        )
     if args.dry_run:
         print(render(_job(args, ranks, args.log_dir / "DRY-RUN", Drill(faults))), end="")
         return 0
     _job(args, ranks, args.log_dir, Drill(faults))  # refuses what cannot work before a folder is made
+    _check_program(args)
     folder = make_folder(args.log_dir, None).absolute()
     with Drill(faults, folder=folder / "faults") as drill:
         job = _job(args, ranks, folder, drill)
         script = folder / "job.sbatch"
         script.write_text(render(job), encoding="utf-8")
-        number = submit(script)
+        try:
+            number = submit(script)
+        except SlurmError as error:
+            raise SlurmError(f"{error}\nThe script is {script}.") from None
         print(
             f"ncclx launch: job {number}; its logs go to {folder}; scancel {number} ends it",
             file=sys.stderr,
@@ -110,10 +129,19 @@ def _slurm(args: argparse.Namespace) -> int:
         return _wait(args, job, number, drill)
 
 
+def _check_program(args: argparse.Namespace) -> None:
+    """A script that is not there would fail only when its turn comes; in a container it may be elsewhere."""
+    script = Path(args.program[0])
+    if args.program[0] != "-m" and not args.container and not script.is_file():
+        raise JobError(f"{script}: no such file in {Path.cwd()}; give a script, or -m MODULE.")
+
+
 def _job(args: argparse.Namespace, ranks: tuple[int, ...], folder: Path, drill: Drill) -> SlurmJob:
     given = {field.name for field in fields(SlurmJob)} & set(vars(args))
     options = {name: getattr(args, name) for name in given}
-    job = SlurmJob(ranks=ranks, folder=folder, options=args.sbatch, exports=drill.environment(), **options)
+    job = SlurmJob(
+        ranks=ranks, folder=folder, options=args.sbatch, mounts=args.mount, exports=drill.environment(), **options
+    )
     job.tasks  # noqa: B018  (raises where a sweep is malformed)
     return job
 

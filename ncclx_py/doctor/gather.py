@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -74,7 +75,9 @@ def connect(where: tuple[str, int], master: bool, until: float, env: Mapping[str
 
     host, port = where
     serves = master and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    if not serves:
+    if serves:
+        _resolve(host, port, until)
+    else:
         _reach(host, port, until)
     seconds = max(1.0, until - time.monotonic())
 
@@ -87,6 +90,18 @@ def connect(where: tuple[str, int], master: bool, until: float, env: Mapping[str
         raise StoreError(f"{who} at {host}:{port}: {_first_line(errors['store'])}")
     restart = env.get("TORCHELASTIC_RESTART_COUNT", "0")
     return dist.PrefixStore(f"ncclx-doctor/{restart}", found["store"])
+
+
+def left_behind() -> bool:
+    """Whether a thread still waits inside torch for a store: the end of the process would abort it, and with it the process."""
+    return any(thread.name == "doctor store" for thread in threading.enumerate())
+
+
+def _resolve(host: str, port: int, until: float) -> None:
+    """A name that leads nowhere is known at once; torch would ask for it again until its time is over. Raises StoreError."""
+    _, errors = within(max(until - time.monotonic(), 0.1), {"name": lambda: socket.getaddrinfo(host, port)})
+    if errors:
+        raise StoreError(f"Rank 0 cannot open the store at {host}:{port}: {_first_line(errors['name'])}")
 
 
 def _reach(host: str, port: int, until: float) -> None:

@@ -10,6 +10,7 @@ import contextlib
 import logging
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,6 +59,8 @@ class GlooBackend(LocalBackend):
         native._set_sequence_number_for_group()
         super().__init__(native, member.rank, member.size)
         self._meeting = where  # gloo's own reference does not keep a store of Python's alive
+        # It holds on to gloo, not to us: in a circle, gloo's connections would stay open until the garbage collector comes.
+        self._timeout = partial(_default_timeout, native)
         self._plans = connect(store, member, self._timeout) if member.size > 1 else None
         self._collectives = self._plans or Alone()
         self._batch: list[CollectiveWork] | None = None
@@ -151,12 +154,13 @@ class GlooBackend(LocalBackend):
         elif self._plans is not None:
             self._plans.close("the process is ending")
 
-    def _timeout(self) -> timedelta:
-        """gloo keeps the group's default: torch sets it there (``_set_pg_timeout``), past this group."""
-        timeout: timedelta = self.native.options._timeout
-        return timeout
-
     def _batched(self, work: CollectiveWork) -> CollectiveWork:
         if self._batch is not None:
             self._batch.append(work)
         return work
+
+
+def _default_timeout(native: Any) -> timedelta:
+    """gloo keeps the group's default: torch sets it there (``_set_pg_timeout``), past this group."""
+    timeout: timedelta = native.options._timeout
+    return timeout

@@ -18,14 +18,26 @@ _FREE = 1e15  # units per second of a flow that nothing holds back
 
 
 class FairFlows:
-    """Stands in for `flows.Flows`; `bucketed` says which pipes have a bucket of `burst` units, at first `full` or empty."""
+    """Stands in for `flows.Flows`; `shaped` says which pipes have a bucket of `burst` units, at first `full` or empty.
+
+    Those carry a part of their capacity while several flows share them: `sharing` is (flows, share), fewest flows first.
+    """
 
     def __init__(
-        self, capacity: Floats, width: int, grain: float, bucketed: NDArray[np.bool_], burst: float, full: bool
+        self,
+        capacity: Floats,
+        width: int,
+        grain: float,
+        shaped: NDArray[np.bool_],
+        burst: float,
+        full: bool,
+        sharing: tuple[tuple[int, float], ...] = (),
     ) -> None:
         self.bytes = np.zeros(len(capacity))
-        self._capacity, self._grain = capacity, grain
-        self._bucketed, self._burst = bucketed & (burst > 0), burst
+        self._whole, self._capacity, self._grain = capacity, capacity, grain
+        self._shaped = shaped
+        self._sharing = (np.log([count for count, _ in sharing]), np.array([share for _, share in sharing]))
+        self._bucketed, self._burst = shaped & (burst > 0), burst
         self._level = np.where(self._bucketed & full, burst, 0.0)
         self._use = np.zeros(len(capacity))
         self._empties = np.full(len(capacity), np.inf)
@@ -88,6 +100,10 @@ class FairFlows:
 
     def _share(self) -> None:
         pipes = len(self._capacity)
+        if len(self._sharing[0]):
+            flows = np.maximum(1, np.bincount(self._rows[self._uses > 0], minlength=pipes))
+            share = np.interp(np.log(flows), *self._sharing)
+            self._capacity = np.where(self._shaped, self._whole * share, self._whole)
         room = np.where(self._level > _DROP, np.inf, self._capacity)
         speed = np.zeros(len(self._owners))
         active = np.ones(len(self._owners), np.bool_)

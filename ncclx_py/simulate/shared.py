@@ -5,8 +5,8 @@
 Each rank has one thread, which does one thing after another; `machine.cores` of them run at a time, and share them evenly when
 there are more. A message costs its sender and its receiver a part of a core, and more where the receiver slept; so do bytes
 between hosts, and copies (a message inside a host is copied by its sender, where the neighbours cannot read it in place, and
-again by its receiver). Shaped NICs let a burst pass. Calls are played as they are measured: some in a row, after one that does
-not count.
+again by its receiver). Shaped NICs let a burst pass, and lose a part where many streams share them. Calls are played as they
+are measured: some in a row, after one that does not count.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from ncclx_py.simulate.machine import Machine
 from ncclx_py.simulate.schedule import Floats, Ints, Schedule, from_plan
 from ncclx_py.simulate.wiring import Wiring
 
-_IN_A_ROW = 3  # calls that are played after the first: from then on they are alike
+_IN_A_ROW = 2  # calls that are played after the first: from then on they are alike
 _LONG = 0.3  # seconds of a call that is timed alone (bench/timing.py)
+_ALONE = 0.5  # of that: where calls in a row take less, one alone is not long either
 _CALL_LANE = -1
 _NOTHING = Span("scratch", 0, 0)
 _WIRE, _POST, _TAKE, _PULL, _COPY = range(5)  # what a flow stands for: its owner is step + steps × this
@@ -35,11 +36,12 @@ _WIRE, _POST, _TAKE, _PULL, _COPY = range(5)  # what a flow stands for: its owne
 
 def call_seconds(plan: Plan, itemsize: int, cluster: Cluster, machine: Machine) -> float:
     """Seconds of one call of several in a row, on the slowest rank. Raises ValueError where the plan cannot be played."""
-    (alone,) = _play(plan, itemsize, cluster, machine, 1)
-    if alone >= _LONG:
-        return float(alone)
     ends = _play(plan, itemsize, cluster, machine, 1 + _IN_A_ROW)
-    return float((ends[-1] - ends[0]) / _IN_A_ROW)
+    each = float((ends[-1] - ends[0]) / _IN_A_ROW)
+    if each < _ALONE * _LONG:
+        return each
+    (alone,) = _play(plan, itemsize, cluster, machine, 1)
+    return float(alone) if alone >= _LONG else each
 
 
 def _play(plan: Plan, itemsize: int, cluster: Cluster, machine: Machine, times: int) -> Floats:
@@ -119,9 +121,9 @@ class SharedPlayer(Player):
         ranks, first = schedule.ranks, len(links.capacity)
         self._threads, self._cores = first, first + ranks
         capacity = np.concatenate([links.capacity, np.ones(ranks), [float(machine.cores)]])
-        bucketed = np.zeros(len(capacity), np.bool_)
-        bucketed[: links.unlimited] = [" NIC " in links.name(pipe) for pipe in range(links.unlimited)]
-        self.fair = FairFlows(capacity, links.width + 3, INSTANT, bucketed, machine.burst, rested)
+        shaped = np.zeros(len(capacity), np.bool_)
+        shaped[: links.unlimited] = [" NIC " in links.name(pipe) for pipe in range(links.unlimited)]
+        self.fair = FairFlows(capacity, links.width + 3, INSTANT, shaped, machine.burst, rested, machine.sharing)
         self.flows = self.fair  # type: ignore[assignment]
         self._jobs: list[deque[tuple[int, float]]] = [deque() for _ in range(ranks)]
         self._active = np.zeros(ranks, np.bool_)

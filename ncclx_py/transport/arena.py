@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ncclx_py.transport.memory import address_of
+from ncclx_py.transport.memory import Mapping
 from ncclx_py.transport.window import PAGE, physical_memory
 
 _ALIGNMENT = 256  # bytes
@@ -32,10 +32,8 @@ class Arena:
 
     def __init__(self, descriptor: int) -> None:
         """Maps `descriptor`, which stays open."""
-        self._map = mmap.mmap(descriptor, 0)
-        self._map.madvise(mmap.MADV_DONTDUMP)
-        self.address = address_of(self._map)
-        self.size = len(self._map)
+        self._map = Mapping(descriptor)
+        self.size, self.address = self._map.size, self._map.address
         self._free = [(0, self.size)]  # (start, stop), ascending, never touching
         self._used = 0
         self._closed = False
@@ -80,7 +78,7 @@ class Arena:
         with self._lock:
             first, last = -(-start // PAGE) * PAGE, (start + length) // PAGE * PAGE
             if first < last:
-                self._map.madvise(mmap.MADV_REMOVE, first, last - first)
+                self._map.advise(mmap.MADV_REMOVE, first, last - first)
             self._used -= 1
             at = bisect.bisect(self._free, (start,))
             stop = start + length
@@ -94,7 +92,7 @@ class Arena:
                 self._unmap()
 
     def _unmap(self) -> None:
-        if not self._used and not self._map.closed:
+        if not self._used:
             self._map.close()
 
 

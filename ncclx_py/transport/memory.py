@@ -7,13 +7,28 @@ tensors made here belong to no autograd graph and no inference mode. Nothing her
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+import mmap
+import os
 
 import torch
 from torch import Tensor
 
 _ANYWHERE = ctypes.c_ubyte * (1 << 46)  # one type for every length; views take the part that they need
 _REMEMBERED = 4096
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_LIBC.mmap.restype = ctypes.c_void_p
+_LIBC.mmap.argtypes = [
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_long,
+]
+_LIBC.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_LIBC.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_MAP_FAILED = ctypes.c_void_p(-1).value
 
 copy = ctypes.memmove  # (to, from, bytes); lets go of the GIL
 
@@ -28,9 +43,38 @@ def tensor_at(address: int, count: int, dtype: torch.dtype) -> Tensor:
         return torch.frombuffer(_ANYWHERE.from_address(address), dtype=dtype, count=count)
 
 
-def address_of(buffer: Any) -> int:
-    """The address of a writable buffer (an mmap)."""
-    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+class Mapping:
+    """A descriptor's memory, all `size` bytes of it, shared and writable, at `address`.
+
+    Python's own mmap keeps a copy of the descriptor. A rank maps two for each of its neighbours, and a process that comes to
+    more than 64 descriptors stands still while the kernel enlarges its table (100 ms and more were measured).
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        """`descriptor` stays open. Raises OSError where there is no room for it in the address space."""
+        self.size = os.fstat(descriptor).st_size
+        self.closed = False
+        address = _LIBC.mmap(None, self.size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, descriptor, 0)
+        if address in (None, _MAP_FAILED):
+            raise _failed(f"{self.size} bytes of shared memory cannot be mapped")
+        self.address: int = address
+        self.advise(mmap.MADV_DONTDUMP, 0, self.size)
+
+    def advise(self, advice: int, start: int, length: int) -> None:
+        """madvise of whole pages, `start` counted from the beginning."""
+        if _LIBC.madvise(self.address + start, length, advice):
+            raise _failed(f"madvise {advice} of {length} bytes of shared memory failed")
+
+    def close(self) -> None:
+        """Whoever reads it after that crashes: let go of all views first."""
+        if not self.closed:
+            self.closed = True
+            _LIBC.munmap(self.address, self.size)
+
+
+def _failed(what: str) -> OSError:
+    number = ctypes.get_errno()
+    return OSError(number, f"{what}: {os.strerror(number)}")
 
 
 class Views:

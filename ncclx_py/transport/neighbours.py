@@ -144,7 +144,12 @@ def _receive(connection: socket.socket, rank: int, place: int, neighbours: int, 
     if len(descriptors) != 2:
         raise ConnectionError(f"rank {rank} of this host went away while the group was made: see its log.")
     try:
-        return Neighbour(rank, place, Window(descriptors[0], neighbours), Arena(descriptors[1]))
+        window = Window(descriptors[0], neighbours)
+        try:
+            return Neighbour(rank, place, window, Arena(descriptors[1]))
+        except BaseException:
+            window.close()
+            raise
     finally:
         for descriptor in descriptors:
             os.close(descriptor)

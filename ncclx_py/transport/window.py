@@ -21,7 +21,7 @@ import platform
 import threading
 from collections.abc import Callable
 
-from ncclx_py.transport.memory import address_of
+from ncclx_py.transport.memory import Mapping, bytes_at
 from ncclx_py.transport.signature import RECORD_BYTES
 
 LANES = 64
@@ -58,11 +58,9 @@ class Window:
     def __init__(self, descriptor: int, neighbours: int) -> None:
         """Maps `descriptor`, which stays open."""
         self.data_start = data_start(neighbours)
-        self._map = mmap.mmap(descriptor, 0)
-        self._map.madvise(mmap.MADV_DONTDUMP)
-        self.size = len(self._map)
-        self.address = address_of(self._map)
-        self._bytes = memoryview(self._map)
+        self._map = Mapping(descriptor)
+        self.size, self.address = self._map.size, self._map.address
+        self._bytes = bytes_at(self.address, self.size).cast("B")
         self.words = self._bytes[: self.data_start].cast("Q")
 
     def abort_text(self) -> str:
@@ -92,7 +90,7 @@ class Window:
         """Returns the memory of whole pages between two byte offsets to the system."""
         start, stop = -(-start // PAGE) * PAGE, stop // PAGE * PAGE
         if start < stop:
-            self._map.madvise(mmap.MADV_REMOVE, start, stop - start)
+            self._map.advise(mmap.MADV_REMOVE, start, stop - start)
 
     def close(self) -> None:
         self.words.release()

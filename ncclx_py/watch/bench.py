@@ -5,7 +5,7 @@
 Calls pass through the process group and its progress machinery as in use, but nothing is sent: what is left is the cost of
 Python, of which the trace is a part. Both arms take turns in blocks; the figure is the median over the blocks of
 their difference. Then one dump of a full ring is written to a temporary folder, and timed. Exit status 1 when a call costs more
-than `--limit` µs.
+than `--limit` µs. What that is of a whole training step: ``distill.bench.recording``.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ _HOOKS: list[tuple[Any, str, Callable[..., None]]] = [
     (Call, "begun", lambda call: None),
     (Call, "over", lambda call: None),
 ]
+_ORIGINALS = [getattr(owner, name) for owner, name, _ in _HOOKS]
 
 
 def main() -> int:
@@ -65,15 +66,13 @@ def measure(calls: int, rounds: int) -> dict[str, float]:
     """Seconds per call without and with the trace, the median difference, and the time and size of a dump."""
     if TRACE.ring is None:
         raise SystemExit("NCCLX_TRACE_RECORDS=0 turns the trace off: unset it.")
-    block, originals = _block(calls), [getattr(owner, name) for owner, name, _ in _HOOKS]
+    block = _block(calls)
     block()
     without, traced = [], []
     for _ in range(rounds):
-        for owner, name, stub in _HOOKS:
-            setattr(owner, name, stub)
+        record(False)
         without.append(block() / calls)
-        for (owner, name, _), original in zip(_HOOKS, originals):
-            setattr(owner, name, original)
+        record(True)
         traced.append(block() / calls)
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
@@ -87,6 +86,12 @@ def measure(calls: int, rounds: int) -> dict[str, float]:
         "dump_s": seconds,
         "dump_bytes": size,
     }
+
+
+def record(on: bool) -> None:
+    """Calls of this process are recorded, as they always are, or (to measure) not: stubs take the place of what records."""
+    for (owner, name, stub), original in zip(_HOOKS, _ORIGINALS):
+        setattr(owner, name, original if on else stub)
 
 
 def _block(calls: int) -> Callable[[], float]:

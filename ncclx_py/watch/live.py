@@ -9,6 +9,7 @@ request's in the folder.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import time
@@ -30,13 +31,10 @@ Note = Callable[[str], None]
 def read_live(folder: Path, wait_s: float = 5.0, note: Note = lambda text: None) -> Job:
     """Returns as soon as all ranks have answered, or after `wait_s`. `note` is told what is waited for.
 
-    Raises ValueError when the folder is not there, or nobody answered.
+    Raises ValueError when nobody answered, or the folder cannot be written. The folder need not be there: ranks that have
+    written no dump yet have not made it, and look for a request in it all the same.
     """
-    if not folder.is_dir():
-        raise ValueError(
-            f"{folder}: no such folder. Give the one that NCCLX_TRACE_DIR names in the running job; without that variable a "
-            "job listens to nobody."
-        )
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         requests.ask(folder, "ncclx diagnose --live", automatic=False)
     except OSError as error:
@@ -45,12 +43,23 @@ def read_live(folder: Path, wait_s: float = 5.0, note: Note = lambda text: None)
     note(f"asked the ranks for dumps in {folder}; waiting up to {wait_s:g} s")
     fresh = _gather(folder, asked, wait_s)
     if not fresh:
+        known = "that folder" if not missing else "that folder, which was not there"
+        _withdraw(folder, missing)
         raise ValueError(
-            f"{folder}: no rank wrote a dump within {wait_s:g} s. Does the job run, with NCCLX_TRACE_DIR set to this folder? "
-            "If all its ranks are stopped or swapping, wait longer (--wait)."
+            f"{folder}: no rank wrote a dump within {wait_s:g} s. Does the job run, with NCCLX_TRACE_DIR naming {known}? Without "
+            "that variable a job listens to nobody. If all its ranks are stopped or swapping, wait longer (--wait)."
         )
     job = read_job(folder)
     return _without_stale(job, fresh)
+
+
+def _withdraw(folder: Path, made: list[Path]) -> None:
+    """Takes a request back that made its folders, those in `made`, and that nobody has answered."""
+    with contextlib.suppress(OSError):
+        if made:
+            (folder / requests.NAME).unlink()
+        for path in made:
+            path.rmdir()
 
 
 def _gather(folder: Path, asked: int, wait_s: float) -> set[int]:

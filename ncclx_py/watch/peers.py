@@ -66,7 +66,11 @@ def fate(job: Job, rank: int) -> Fate:
         if call.waiting_for and rank in call.waiting_for
     ]
     if waiting:
-        return Fate(rank, "silent", f"no dump of it; {plural(waiting)} wait for it, and no connection to it has closed")
+        return Fate(
+            rank,
+            "silent",
+            f"no dump of it; {plural(waiting)} wait{'s' * (len(waiting) == 1)} for it, and no connection to it has closed",
+        )
     return Fate(rank, "silent", "no dump of it, and nobody saw its process end")
 
 

@@ -223,7 +223,7 @@ def _absent(waits: Waits, root: Behind, fates: list[Fate], present: list[int], f
     return Verdict(
         CRASHED if cause == "crashed" else NOT_JOINED,
         cause,
-        f"{plural(ranks)} {wording.ABSENT[cause]}; {plural(root.waiting)} wait in {asked.op if asked else root.place}.",
+        f"{plural(ranks)} {wording.ABSENT[cause]}; {wording.they_wait(root.waiting)} in {asked.op if asked else root.place}.",
         wording.ABSENT_REMEDY[cause],
         ranks,
         str(asked or ""),
@@ -243,7 +243,7 @@ def _not_connected(waits: Waits, root: Behind, absent: list[Fate], found: Findin
     return Verdict(
         STUCK_AT_START,
         "initialisation",
-        f"{plural(root.ranks)} did not come to make {root.place.group}; {plural(root.waiting)} wait.",
+        f"{plural(root.ranks)} did not come to make {root.place.group}; {wording.they_wait(root.waiting)}.",
         wording.AT_START,
         root.ranks,
         f"making of {root.place.group}",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import numpy as np
 
@@ -134,10 +134,10 @@ def behind(waits: Waits, root: Behind, blamed: list[int], gone: bool) -> str:
     )
     what = f"{asked.op} ({root.place})" if asked else str(root.place)
     if gone:
-        return f"{plural(blamed)} ended without joining {what}; {plural(root.waiting)} wait."
+        return f"{plural(blamed)} ended without joining {what}; {they_wait(root.waiting)}."
     where = own_frame(waits.job.ranks[blamed[0]])
     at = f" {'The first' if len(blamed) > 1 else 'It'} is at {where}." if where else ""
-    return f"{plural(blamed)} did not join {what}; {plural(root.waiting)} wait.{at}"
+    return f"{plural(blamed)} did not join {what}; {they_wait(root.waiting)}.{at}"
 
 
 def outside(waits: Waits, root: Behind) -> str:
@@ -174,13 +174,18 @@ def waiting_there(waits: Waits, place: Place | None) -> list[str]:
         for call in waits.blocking(rank)
     )
     sites = sorted({call.site for rank in ranks[:64] for call in waits.blocking(rank) if call.site})
-    return [f"{plural(ranks)} wait in {place}, for up to {format_time(max(0.0, longest))}: {'; '.join(sites[:3])}"]
+    return [f"{they_wait(ranks)} in {place}, for up to {format_time(max(0.0, longest))}: {'; '.join(sites[:3])}"]
+
+
+def they_wait(ranks: Collection[int]) -> str:
+    """The beginning of a sentence: "rank 0 waits", "ranks 0, 1 wait"."""
+    return f"{plural(ranks)} wait{'s' * (len(ranks) == 1)}"
 
 
 def cascades(waits: Waits, root: Behind, found: Findings) -> list[str]:
     """What waits elsewhere, and only because of the root."""
     others = [rank for rank in found.victims if rank not in root.waiting and rank not in root.ranks]
-    return [f"{plural(others)} wait in other groups for ranks that wait here"] if others else []
+    return [f"{they_wait(others)} in other groups for ranks that wait here"] if others else []
 
 
 def circle(steps: list[tuple[int, Open]]) -> str:

@@ -4,6 +4,7 @@ import pytest
 
 from distill.config import load_config
 from distill.demo_teachers import STAGES, TASKS, recipe
+from distill.engine import accumulation_steps
 
 pytestmark = pytest.mark.unit
 
@@ -16,6 +17,12 @@ def test_one_teacher_alone_differs_in_the_teachers_only():
         assert {task, *config.teacher.many[task].tags} == set(TASKS)
         differing = {key for key in both.resolved if both.resolved[key] != config.resolved[key]}
         assert differing == {"teacher", "run"}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_every_stage_can_be_divided_over_the_ranks(ranks):
+    for stage in STAGES:
+        assert accumulation_steps(load_config("config", recipe(stage)).train, ranks) >= 1, stage
 
 
 def test_an_expert_sees_its_own_task_and_every_stage_has_a_folder():

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
-from distill.errors import ConfigError
+from distill.config import defaults_of, load_config
+from distill.errors import CheckpointError, ConfigError
 from distill.metrics import MetricsLog, cut_back, read_metrics
 from distill.plots import plot_curves
 from distill.runs import RunFolder, differing_keys, replace_folder, write_atomically
@@ -74,6 +78,35 @@ def test_only_what_changes_a_result_counts_as_another_configuration() -> None:
     before = {"seed": 1, "train": {"steps": 5, "log_every": 1}, "run": {"dir": "a"}}
     now = {"seed": 1, "train": {"steps": 6, "log_every": 9}, "run": {"dir": "b"}, "extra": 2}
     assert differing_keys(before, now) == [("extra", None, 2), ("train.steps", 5, 6)]
+
+
+def test_a_key_that_an_older_run_did_not_know_is_no_difference_where_it_has_its_default() -> None:
+    before = {"seed": 1, "method": {"prior": None}}
+    defaults = {"seed": 0, "train": {"clip": 1.0, "limit": 5}, "method": {"prior": {"weight": 1}}}
+
+    def differing(**now: Any) -> list[tuple[str, Any, Any]]:
+        return differing_keys(before, before | now, lambda: defaults)
+
+    assert differing(train={"clip": 1.0, "limit": 5}) == []
+    assert differing(train={"clip": 2.0, "limit": None}) == [("train.clip", 1.0, 2.0), ("train.limit", 5, None)]
+    assert differing(seed=0) == [("seed", 1, 0)]  # there, and not the default
+    assert differing(method={"prior": {"weight": 1}}) == [("method.prior.weight", None, 1)]
+    assert differing(other=1) == [("other", None, 1)]  # has no default
+
+
+def test_a_run_is_continued_after_an_upgrade_that_brought_a_key(tmp_path: Path) -> None:
+    config = load_config("config", ["method=gkd", "experiment=demo_student", "model.teacher.path=x", "train.steps=3"])
+    folder = RunFolder(tmp_path)
+    folder.enter(config.resolved, "auto")
+    folder.leave()
+    older = yaml.safe_load(folder.config.read_text())
+    del older["method"]["lambda_"], older["teacher"], older["train"]["loss_bytes"]
+    folder.config.write_text(yaml.safe_dump(older))
+    folder.enter(config.resolved, "must", partial(defaults_of, config))
+    folder.leave()
+    other = load_config("config", [*config.origin[1], "method.lambda_=0.75"])
+    with pytest.raises(CheckpointError, match=r"method.lambda_: 0.5 there, 0.75 now\)"):
+        RunFolder(tmp_path).enter(other.resolved, "auto", partial(defaults_of, other))
 
 
 def test_the_picture_is_a_png(tmp_path: Path) -> None:

@@ -192,8 +192,8 @@ def _run_targets() -> list[Target]:
     from distill.config import load_config
     from distill.errors import CheckpointError, ConfigError
     from distill.metrics import cut_back, read_metrics
+    from distill.record_run import summarise
     from distill.records import RecordFolder
-    from distill.rollout import summarise
     from distill.runs import RunFolder
 
     overrides = [

@@ -161,3 +161,21 @@ def test_linear_divergence_uses_the_kernels():
     for result in results[1:]:
         for expected, actual in zip(results[0], result, strict=True):
             torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_offsets_beyond_two_to_the_31():
+    """Three rows 2³⁰ + 8 elements apart, as N·V > 2³¹ has them; between them lie pages that nobody touches."""
+    apart, v = 2**30 + 8, 300
+    student, teacher = (x.half().to(DEVICE) for x in logits("far", 3, v))
+    storage = torch.empty(2 * apart + v, dtype=torch.float16, device=DEVICE)
+    far = storage.as_strided((3, v), (apart, 1))
+    far.copy_(student)
+    ids = torch.tensor([1, 2, v - 1], device=DEVICE)
+    results = []
+    for x in (student, far):
+        leaf = x.detach().requires_grad_()
+        out = divergence(leaf, teacher, "jsd", path="triton", stats=True, top_k=3, token_ids=ids)
+        loss = out.loss + token_nll(leaf, ids, path="triton").loss
+        results.append((loss, *out.stats.values(), *torch.autograd.grad(loss.sum(), leaf)))
+    for expected, actual in zip(*results, strict=True):
+        assert torch.equal(actual, expected)

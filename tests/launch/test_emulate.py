@@ -16,6 +16,7 @@ import pytest
 from ncclx_py.launch import network
 from ncclx_py.launch.emulate import Cluster, EmulationError
 from ncclx_py.launch.ranks import Outcome
+from ncclx_py.launch.shape import Shape
 
 pytestmark = [
     pytest.mark.net,
@@ -55,6 +56,22 @@ def test_the_hosts_appear_with_shaped_links_and_disappear() -> None:
         for where, interface in ((net.host(0), "eth{}"), (net.host(1), "eth{}"), (net.switch, "h1r{}")):
             assert _shaping(where, interface.format(0)) == (25_000_000, 128 * 1024)
             assert _shaping(where, interface.format(1)) == (12_500_000, 128 * 1024)
+
+
+def test_hosts_use_the_congestion_control_that_was_asked_for(tmp_path: Path) -> None:
+    allowed = network._ALLOWED.read_text().split()
+    setting = Path("/proc/sys/net/ipv4/tcp_congestion_control")
+    machine = setting.read_text()
+    program = tmp_path / "job.py"
+    program.write_text(f"import pathlib; print(pathlib.Path({str(setting)!r}).read_text())")
+    for name in allowed:
+        seen: list[str] = []
+        with Cluster(Shape((1, 1), congestion=name)) as cluster:
+            cluster.run([str(program)], show=lambda rank, line, error, seen=seen: seen.append(line.strip()))  # type: ignore[misc]
+        assert [line for line in seen if line] == [name] * 2
+    assert setting.read_text() == machine
+    with pytest.raises(EmulationError, match=r"'vegas-2' as congestion control: this machine allows .*sysctl"):
+        Cluster(Shape((1, 1), congestion="vegas-2")).__enter__()
 
 
 def test_rails_are_separate_subnets_on_separate_bridges() -> None:

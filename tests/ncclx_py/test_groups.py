@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 from collections.abc import Iterator
 from datetime import timedelta
 
@@ -20,6 +22,31 @@ pytestmark = pytest.mark.dist
 def pool(request: pytest.FixtureRequest) -> Iterator[RankPool]:
     with RankPool(request.param) as ranks:
         yield ranks
+
+
+def opened(me: Rank) -> tuple[int, int, int]:
+    """Descriptors before a group, in it and after it, with the garbage collector asleep."""
+    me.init(fresh=True)
+    total()
+    me.leave()
+    gc.collect()
+    gc.disable()
+    try:
+        counts = [len(os.listdir("/proc/self/fd"))]
+        me.init(fresh=True)
+        total()
+        counts.append(len(os.listdir("/proc/self/fd")))
+        me.leave()
+        counts.append(len(os.listdir("/proc/self/fd")))
+    finally:
+        gc.enable()
+    return counts[0], counts[1], counts[2]
+
+
+def test_a_destroyed_group_closes_its_connections_at_once(pool: RankPool) -> None:
+    for before, during, after in pool.run(opened):
+        assert before < during
+        assert after <= before
 
 
 def total(group: dist.ProcessGroup | None = None) -> float:

@@ -74,7 +74,11 @@ def _serve(config: RunConfig, job: Job) -> int:
     known = {service.number: service for service in _meet(config, job.bridge, services)}
     _share_heads(job.bridge, list(known.values()), models)
     for service in known.values():
-        say(f"{service.name} ({service.spec.path}) on {job.seats.named(service.places)} of the job, as {service.kind}")
+        places, sharded = service.places, config.teacher.shard != "none"
+        if sharded:  # one of its ranks answers; all of them hold a part
+            places = tuple(range(job.seats.students, len(job.seats.ranks)))
+        how = f"{service.kind}{f', in parts (teacher.shard={config.teacher.shard})' if sharded else ''}"
+        say(f"{service.name} ({service.spec.path}) on {job.seats.named(places)} of the job, as {how}")
     server = Server(job.bridge, known, models)
     while True:
         try:

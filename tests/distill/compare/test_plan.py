@@ -9,7 +9,7 @@ import pytest
 
 from distill.compare.config import load_comparison
 from distill.compare.plan import Job, jobs_of
-from distill.compare.state import admit, begin, changes, complete, finish
+from distill.compare.state import admit, begin, changes, complete, finish, settings_of
 from distill.errors import ConfigError
 
 pytestmark = pytest.mark.unit
@@ -124,6 +124,44 @@ def test_a_changed_entry_is_noticed_and_so_is_a_changed_teacher(tmp_path: Path) 
     assert {job.title for job in jobs if complete(job) is None} == {"gkd seed 3"}
 
 
+def test_a_comparison_goes_on_after_an_upgrade_that_brought_new_keys(tmp_path: Path) -> None:
+    """Folders of a version that knew less are up to date where the new keys have their defaults, and only there."""
+    where = f"compare.dir={tmp_path}"
+    jobs = {job.title: job for job in plan(*TRACES, where)}
+    for job in jobs.values():
+        begin(job)
+        finish(job, {"student_tokens": 1})
+        for file, path in [
+            ("job.json", "train.engine.clip"),
+            ("job.json", "train.teacher"),
+            ("job.json", "records.split"),
+            ("outcome.json", "eval.top_p"),
+        ]:
+            forget(job.folder.path / file, path)
+    for job in jobs.values():  # as they would have been written then: a stage's digest is that of what it knew
+        (job.folder.path / "job.json").write_text(
+            json.dumps(json.loads((job.folder.path / "job.json").read_text()) | {"after": settings_of(job)["after"]})
+        )
+    assert not any(changes(job) for job in plan(*TRACES, where))
+    assert all(complete(job) for job in plan(*TRACES, where))
+
+    clipped = plan(*TRACES, where, 'extra=["engine.clip=0.5"]', "eval.top_p=0.9")
+    assert all("engine.clip: 1.0 there, 0.5 now" in changes(job) for job in clipped if job.records is None)
+    assert "the model of teacher has changed" in changes(clipped[-1])
+    assert not any(complete(job) for job in clipped if job.records is None)
+
+
+def forget(file: Path, path: str) -> None:
+    """Remove a key from a JSON file, as if it had been written before the key was known."""
+    document = json.loads(file.read_text())
+    *above, last = path.split(".")
+    inner = document
+    for name in above:
+        inner = inner.get(name, {})
+    inner.pop(last, None)
+    file.write_text(json.dumps(document))
+
+
 def test_other_evaluation_settings_ask_for_the_evaluation_alone(tmp_path: Path) -> None:
     where = f"compare.dir={tmp_path}"
     for job in plan(where):
@@ -155,6 +193,6 @@ def test_a_stage_may_write_records_and_the_measurement_may_be_elsewhere(tmp_path
         job.title: changes(job)
         for job in plan(*TRACES, where, "stages.traces.overrides=" + TRACES[2].partition("=")[2].replace("9", "8"))
     }
-    assert "'examples': 9" in more["traces seed 3"][0]
+    assert more["traces seed 3"] == ["records.examples: 9 there, 8 now"]
     assert more["read seed 3"] == ["the model of traces seed 3 has changed"]
     assert not more["gkd seed 3"]

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from harness import Rank, RankFailure, RankPool
+from harness import Rank, RankFailure, RankPool, load
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from distill.config import TeacherSection, TeacherSource, load_config
 from distill.data import Example, TokenSequence, collate
@@ -274,6 +275,7 @@ def test_a_tag_names_its_teacher_or_the_sample_is_refused() -> None:
         ({"a": TeacherSource(path="x", weight=0.0)}, "mean", "every weight in teacher.many is 0"),
         ({"reference": TeacherSource(path="x")}, "route", "'reference' cannot be a teacher's name"),
         ({"a/b": TeacherSource(path="x")}, "route", "'a/b' cannot be a teacher's name"),
+        ({"a": TeacherSource(path="x", url=["http://h:1"])}, "route", "teacher.many.a.url=http://h:1 is a server, and"),
     ],
 )
 def test_what_cannot_work_is_refused_at_the_start(many: dict[str, TeacherSource], mixture: str, message: str) -> None:
@@ -365,3 +367,26 @@ def test_a_sample_without_a_teacher_stops_the_run(
     with pytest.raises(RankFailure, match=r"sample running_sum/train/\d+ has part=start"):
         one_rank.run(run, overrides(tmp_path, tiny_models, "teacher.many.other.tags=[]"))
     assert not (tmp_path / "final").exists()
+
+
+@pytest.mark.dist
+def test_each_teacher_may_have_a_server_of_its_own(
+    one_rank: RankPool, tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    stub = load(Path(__file__).with_name("placements.py"), "placements").VllmStub
+    shared = ["teacher.top_k=5", "teacher.many.sums.weight=1.0"]
+    with ExitStack() as servers:
+        urls = []
+        for name, key in (("sums", "teacher"), ("other", "wide")):
+            model = AutoModelForCausalLM.from_pretrained(tiny_models[key]).eval()
+            server = servers.enter_context(stub(model, tokenizer=AutoTokenizer.from_pretrained(tiny_models[key])))
+            server.names = [str(tiny_models[key])]
+            urls.append(f"+teacher.many.{name}.url=['{server.url}']")
+        one_rank.run(run, overrides(tmp_path / "served", tiny_models, *shared, "teacher=server", *urls))
+    one_rank.run(run, overrides(tmp_path / "beside", tiny_models, *shared, "teacher.signal=topk"))
+    served, beside = (
+        [json.loads(line) for line in (tmp_path / n / "metrics.jsonl").open()] for n in ("served", "beside")
+    )
+    for ours, theirs in zip(served, beside, strict=True):
+        for key in ("train/loss", "teacher/sums/loss", "teacher/other/loss"):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-5), key

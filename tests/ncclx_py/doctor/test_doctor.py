@@ -8,6 +8,7 @@ import json
 import os
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,6 +70,7 @@ def test_one_machine_alone(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
         (["--timeout", "nan"], {}, "--timeout nan"),
         (["--store", "n0"], {"RANK": "0", "WORLD_SIZE": "2"}, "write HOST:PORT"),
         (["--store", "n0:x"], {"RANK": "0", "WORLD_SIZE": "2"}, "--store='x' is not a port"),
+        (["--store", "n0:99999"], {}, "--store='99999' is not a port"),
         ([], {"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR is not set"),
         ([], {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "n0", "MASTER_PORT": "99999"}, "MASTER_PORT='99999'"),
         ([], {"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2"),
@@ -119,6 +121,23 @@ def doctor(me: Rank, port: int, timeout: float, present: list[int]) -> tuple[int
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = main(["doctor", "--json", "--timeout", str(timeout)])
     return status, out.getvalue(), err.getvalue()
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_store_that_cannot_be_used_ends_the_process_in_order(rank: str) -> None:
+    """Rank 0: a name that leads nowhere, told at once. Rank 1: a listener that says nothing, while a thread of torch's waits."""
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        master = {"0": "nowhere.invalid", "1": "127.0.0.1"}[rank]
+        port = str(mute.getsockname()[1])
+        env = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
+        env |= {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        env |= {"MASTER_ADDR": master, "MASTER_PORT": port}
+        words = [sys.executable, "-m", "ncclx_py", "doctor", "--timeout", "4"]
+        done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1, done.stderr
+    assert {"0": f"open the store at {master}:{port}", "1": "The store does not answer at"}[rank] in done.stdout
+    assert "remedy" in done.stdout
 
 
 @pytest.mark.dist

@@ -67,6 +67,18 @@ def test_a_bucket_lets_a_burst_pass(full: bool, seconds: float) -> None:
     assert ends(flows) == pytest.approx({0: seconds}, rel=0.03)
 
 
+def test_many_flows_get_less_out_of_a_shaped_pipe() -> None:
+    flows = FairFlows(np.array([100.0, *[np.inf] * 3]), 2, 1e-9, np.arange(4) == 0, 0.0, True, ((1, 1.0), (4, 0.5)))
+    for owner in range(4):
+        opened(flows, owner, {0: 1.0}, 50.0 if owner else 75.0)
+    # four at 50 together until three are through, after 4 s; then one with all 100 for its other 25
+    assert ends(flows) == pytest.approx({0: 4.25, 1: 4.0, 2: 4.0, 3: 4.0}, abs=1e-6)
+    two = FairFlows(np.array([100.0, *[np.inf] * 3]), 2, 1e-9, np.arange(4) == 0, 0.0, True, ((1, 1.0), (4, 0.5)))
+    for owner in range(2):
+        opened(two, owner, {0: 1.0}, 75.0)
+    assert ends(two) == pytest.approx({0: 2.0, 1: 2.0}, abs=1e-6)  # half way between one and four: three quarters
+
+
 def played(topology: Topology, plan: Plan, machine: Machine = MACHINE) -> float:
     return call_seconds(plan, 1, Cluster(topology), machine)
 

@@ -272,6 +272,28 @@ def test_a_tensor_outlives_its_arena() -> None:
     assert "test-outlived" not in Path("/proc/self/maps").read_text()
 
 
+def test_maps_keep_no_descriptor_and_end_when_they_are_closed(tmp_path: Path) -> None:
+    """A copy of the descriptor for each map of each neighbour would take a process past 64 of them."""
+    before = len(os.listdir("/proc/self/fd"))
+    fd, window = windows.create("test-lean", 2)
+    lent, arena = Window(fd, 2), Arena(fd)
+    os.close(fd)
+    assert len(os.listdir("/proc/self/fd")) == before
+    window.words[7] = 1 << 63
+    assert lent.words[7] == 1 << 63
+    assert Path("/proc/self/maps").read_text().count("test-lean") == 3
+    for one in (window, lent, arena):
+        one.close()
+    arena.close()
+    assert "test-lean" not in Path("/proc/self/maps").read_text()
+    with pytest.raises(ValueError, match="released"):
+        lent.abort_text()
+    empty = tmp_path / "empty"
+    empty.touch()
+    with empty.open("r+b") as file, pytest.raises(OSError, match="0 bytes of shared memory cannot be mapped"):
+        Arena(file.fileno())
+
+
 def test_a_message_wakes_only_a_sleeping_receiver(pair: Pair) -> None:
     outbox, _ = pair.channel()
     outbox.post(0, 8, 1, 0)

@@ -138,6 +138,15 @@ def end_when_dumped(pool: RankPool, folder: Path, ranks: set[int]) -> None:
     pool._children[1].process.kill()
 
 
+def test_a_job_that_nobody_runs_leaves_nothing_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "missing" / "trace"
+    assert main(["diagnose", "--live", str(folder), "--wait", "0.2"]) == 2
+    told = capsys.readouterr().err
+    assert f"{folder}: no rank wrote a dump within 0.2 s" in told
+    assert "was not there" in told
+    assert not folder.parent.exists()
+
+
 LIVE = """
     import os, sys, time, torch, torch.distributed as dist, ncclx_py
     rank = int(sys.argv[1])
@@ -154,8 +163,7 @@ LIVE = """
 
 def test_a_job_that_still_runs_is_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """First its slow rank is found at work, then the other is stopped, and says nothing any more."""
-    folder = tmp_path / "trace"
-    folder.mkdir()
+    folder = tmp_path / "trace"  # not there before the first dump
     script = tmp_path / "job.py"
     script.write_text("\n".join(line[4:] for line in LIVE.splitlines()))
     env = {
