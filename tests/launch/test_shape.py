@@ -58,7 +58,7 @@ def test_block_and_cyclic_placement_number_the_ranks_of_uneven_hosts() -> None:
 def test_an_impossible_cluster_is_refused_before_anything_is_made(
     words: str, complaint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["launch", *words.split()]) == 1
+    assert cli.main(["launch", *words.split()]) == 2
     assert complaint in capsys.readouterr().err
 
 
