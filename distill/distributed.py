@@ -22,6 +22,7 @@ from distill.config import CommConfig
 from distill.data import CannotEncode, TooLong
 from distill.errors import DistillError
 from distill.local_ranks import free_port
+from distill.rendezvous import connecting, meet
 from distill.wire import decode, encode
 from ncclx_py.small_messages import broadcast_bytes, gather_bytes
 
@@ -49,7 +50,7 @@ def process_group(
     config: CommConfig, store: dist.Store | None = None, number: int = -1, size: int = -1
 ) -> Iterator[None]:
     """Join the world described by the environment, or, as number ``number``, that of ``size`` ranks who meet at ``store``; leave
-    it on the way out. An existing group is used as it is."""
+    it on the way out. An existing group is used as it is. Raises MeetingError when the ranks do not come together."""
     _forget_groups()
     if dist.is_initialized():
         yield
@@ -58,8 +59,12 @@ def process_group(
         _world_of_one()
     if device().type == "cuda":
         torch.cuda.set_device(device())
+    if store is None:
+        met, number, size = meet(config.timeout_s)
+        store = dist.PrefixStore("default_pg", met)  # torch's own prefix
     timeout = timedelta(seconds=config.timeout_s)
-    dist.init_process_group(config.backend, timeout=timeout, store=store, rank=number, world_size=size)
+    with connecting(number):
+        dist.init_process_group(config.backend, timeout=timeout, store=store, rank=number, world_size=size)
     try:
         yield
     finally:

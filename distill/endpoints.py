@@ -188,6 +188,17 @@ def explain(answer: Any) -> str:
     return " ".join(str(text).split())[:300]
 
 
+def other_weights(served: Any, path: str | None) -> str | None:
+    """What to say where a server names the model that it loaded (vLLM's ``root`` in /v1/models), and that cannot be seen to be
+    ``model.teacher.path``; None where it is, or where either is not known."""
+    if not isinstance(served, str) or not path or served == path or os.path.realpath(served) == os.path.realpath(path):
+        return None
+    return (
+        f"it serves '{served}', and model.teacher.path is '{path}': what it serves is what teaches. If these are not the same "
+        "weights, serve the latter, or name the former"
+    )
+
+
 class _UnixConnection(http.client.HTTPConnection):
     def __init__(self, path: str) -> None:
         super().__init__("localhost")

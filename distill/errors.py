@@ -38,6 +38,12 @@ class CacheError(DistillError):
     """A cache of teacher scores that cannot be written or read, or does not fit the run."""
 
 
+class MeetingError(DistillError):
+    """The ranks of a job did not come together; the message names those that are missing, where that can be known."""
+
+    exit_status = 1
+
+
 class ServerError(DistillError):
     """A rollout server that cannot be started or reached, or that does not serve what the run needs."""
 

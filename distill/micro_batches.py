@@ -14,8 +14,9 @@ from torch import Tensor
 
 from distill.data.batch import TokenBatch, collate
 from distill.data.tokenize import TokenSequence
-from distill.methods.base import Weight
+from distill.methods.base import StudentSignal, Targets, Weight
 from distill.rollouts.sampling import seed_keys, uniforms
+from distill.teachers.signals import Signal
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,23 @@ class MicroBatch:
     @property
     def tokens(self) -> int:
         return len(self.student.target_ids)
+
+    def targets(
+        self, student: StudentSignal, teacher: Signal | None, reference: Signal | None, progress: float = 0.0
+    ) -> Targets:
+        """What a method is given: this micro-batch, with what the three models say about it."""
+        return Targets(
+            student,
+            teacher,
+            self.student.target_ids,
+            reference=reference,
+            sequence_index=self.student.sequence_index,
+            advantages=self.advantages,
+            behaviour_logprobs=self.student.behaviour_logprobs,
+            draws=self.draws,
+            progress=progress,
+            scales=self.scales,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from torch import Tensor
 from distill.distributed import gathered, raise_first
 from distill.engine import TrainEngine
 from distill.errors import TeacherRankLost
-from distill.methods.base import StudentSignal, Targets, TokenLosses
+from distill.methods.base import StudentSignal, TokenLosses
 from distill.micro_batches import MicroBatch, micro_batches
 from distill.preparing import PreparedStep, StepMaker
 from distill.seeds import mix
@@ -107,16 +107,5 @@ class StepGradient:
         except TeacherRankLost as error:  # other students may not know yet: go on as they do, to where all agree
             self._lost = str(error)
             return TokenLosses(student.logits().sum(-1) * 0.0)
-        targets = Targets(
-            student,
-            teacher,
-            batch.student.target_ids,
-            reference=reference,
-            sequence_index=batch.student.sequence_index,
-            advantages=batch.advantages,
-            behaviour_logprobs=batch.student.behaviour_logprobs,
-            draws=batch.draws,
-            progress=step.facts.progress,
-            scales=batch.scales,
-        )
+        targets = batch.targets(student, teacher, reference, step.facts.progress)
         return losses_by_teacher(self.method, targets)

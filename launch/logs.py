@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from ncclx_py.launch.ranks import LAST_LINES
@@ -16,6 +17,12 @@ def last_lines(folder: Path, rank: int) -> list[str]:
         if files and (lines := tail(files[-1])):
             return lines
     return []
+
+
+def is_full(folder: Path) -> bool:
+    """Whether nothing more can be written there: then the end of a log is missing."""
+    space = os.statvfs(folder)
+    return space.f_bavail == 0 or (space.f_files > 0 and space.f_favail == 0)
 
 
 def tail(file: Path) -> list[str]:

@@ -35,8 +35,11 @@ _QUEUE = "50ms"  # how long a packet may wait in a shaped link before it is drop
 _EMPTY_DEADLINE = 5.0  # seconds for killed processes to leave a namespace
 _COMMAND_DEADLINE = 60.0
 
-# Hosts with several NICs: accept packets on any of them, and answer for an address only on the NIC that has it.
+# Hosts with several NICs: accept packets on any of them, and answer for an address only on the NIC that has it. TCP keeps its
+# window over pauses, as clusters set it: else the next message of a loss-based control (reno, cubic) starts small, and where both
+# directions of a link are used its acknowledgements queue behind what the other end sends: one waits until the other is through.
 _SYSCTL = """
+if [ -e /proc/sys/net/ipv4/tcp_slow_start_after_idle ]; then echo 0 > /proc/sys/net/ipv4/tcp_slow_start_after_idle; fi
 cd /proc/sys/net/ipv4/conf
 for c in all default; do echo 0 > $c/rp_filter; echo 1 > $c/arp_ignore; echo 2 > $c/arp_announce; done
 if [ -e /proc/sys/net/ipv6/conf/default/disable_ipv6 ]; then echo 1 > /proc/sys/net/ipv6/conf/default/disable_ipv6; fi

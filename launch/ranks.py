@@ -222,6 +222,21 @@ class _Job:
             self._outcome.failed = rank
 
 
+# What a child runs first that somebody else starts for this process: it asks the kernel to end it together with its parent.
+_TIED = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+if os.getppid() == int(sys.argv[1]):
+    os.execv(sys.argv[2], sys.argv[2:])
+sys.exit(1)
+"""
+
+
+def tied(words: Sequence[str]) -> list[str]:
+    """A command, by its path, that dies with this process, where a library starts it as a child of this process's main thread."""
+    return [sys.executable, "-I", "-S", "-c", _TIED, str(os.getpid()), *words]
+
+
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)
 

@@ -99,6 +99,10 @@ class SlurmJob:
         for name, text in texts:
             if text is not None and (not text.strip() or "\n" in text):
                 raise JobError(f"--{name} {text!r} cannot be an option: it is empty or has several lines.")
+            if name in ("name", "partition", "account") and text is not None and re.search(r"""["'\\]""", text):
+                raise JobError(
+                    f"--{name} {text!r} has a quote or a backslash, which sbatch takes for its own; leave it out."
+                )
         for path in (self.folder.absolute(), Path.cwd()):
             if "%" in str(path) or '"' in str(path) or "\\" in str(path):
                 raise JobError(
@@ -191,18 +195,19 @@ def render(job: SlurmJob) -> str:
 
 def _directives(job: SlurmJob) -> list[str]:
     shared = [
-        f"job-name={job.name}",
-        f'output="{job.log.absolute()}"',
+        f"job-name={_quoted(job.name)}",
+        f"output={_quoted(str(job.log.absolute()))}",
         "open-mode=append",
-        f'chdir="{Path.cwd()}"',
+        f"chdir={_quoted(str(Path.cwd()))}",
         "requeue",
         f"signal=B:{job.signal}@{job.grace}",
     ]
     if job.sweep:
         last = f"{len(job.tasks) - 1}"
         shared.append(f"array=0-{last}" + (f"%{job.at_once}" if job.at_once else ""))
-    each = [f"{name}={value}" for name in ("time", "partition", "account") if (value := getattr(job, name)) is not None]
-    each += [option.removeprefix("--") for option in job.options]
+    given = {name: getattr(job, name) for name in ("time", "partition", "account")}
+    each = [f"{name}={_quoted(value)}" for name, value in given.items() if value is not None]
+    each += [_option(text.removeprefix("--")) for text in job.options]
     lines = [f"#SBATCH --{option}" for option in shared]
     for number, (nodes, count) in enumerate(job.components):
         wanted = [f"nodes={nodes}", f"ntasks-per-node={count}"]
@@ -211,6 +216,17 @@ def _directives(job: SlurmJob) -> list[str]:
         lines += ["#SBATCH hetjob"] if number else []
         lines += [f"#SBATCH --{option}" for option in [*wanted, *each]]
     return lines
+
+
+def _quoted(value: str) -> str:
+    """As sbatch reads the words of a directive."""
+    return value if re.fullmatch(r"[\w./:,@%+-]+", value) else f'"{value}"'
+
+
+def _option(text: str) -> str:
+    """What was given for sbatch, which may have quotes already."""
+    name, equals, value = text.partition("=")
+    return text if not equals or '"' in text or "'" in text else f"{name}={_quoted(value)}"
 
 
 def _words(job: SlurmJob) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from ncclx_py.launch.ends import Ends
 from ncclx_py.launch.logs import last_lines
-from ncclx_py.launch.ranks import GRACE, Interrupted, JobError, Outcome
+from ncclx_py.launch.ranks import GRACE, Interrupted, JobError, Outcome, tied
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, LogsDest, SignalException, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -33,7 +33,7 @@ _PREFIX = "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE"
 class Job:
     """What torchrun is to run; the options have torchrun's names and, where None, its defaults.
 
-    `program` is a script or ``-m module``, and its arguments. Raises JobError for numbers that are none.
+    `program` is a script or ``-m module``, and its arguments. Raises JobError for numbers that are none, or cannot be.
     """
 
     program: Sequence[str]
@@ -53,6 +53,14 @@ class Job:
             raise JobError(f"--nproc-per-node {self.nproc_per_node!r}: give a number, or auto, cpu or gpu.")
         if not re.fullmatch(r"[1-9]\d{0,5}(:[1-9]\d{0,5})?", self.nnodes):
             raise JobError(f"--nnodes {self.nnodes!r}: give a number, or MIN:MAX.")
+        least, _, most = self.nnodes.partition(":")
+        if most and int(most) < int(least):
+            raise JobError(f"--nnodes {self.nnodes!r}: the smaller number comes first.")
+        ranges = {"node_rank": int(most or least) - 1, "master_port": 65535, "max_restarts": 1_000_000}
+        for name, last in ranges.items():
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= last:
+                raise JobError(f"--{name.replace('_', '-')} {value}: from 0 to {last}.")
 
     @property
     def ranks(self) -> int | None:
@@ -100,7 +108,8 @@ class RankLogs(DefaultLogsSpecs):
 def launch(job: Job, logs: Path, env: Mapping[str, str]) -> tuple[Outcome, RankLogs]:
     """Runs the job of this node to its end; the ranks inherit this process's environment, changed by `env`.
 
-    Returns how it ended, for the ranks of this node, and their logs. Raises Interrupted when a signal ends it.
+    Returns how it ended, for the ranks of this node, and their logs. Raises Interrupted when a signal ends it, and JobError
+    for options that torch refuses.
     """
     args = _parsed(job)
     specs = RankLogs(logs)
@@ -111,12 +120,17 @@ def launch(job: Job, logs: Path, env: Mapping[str, str]) -> tuple[Outcome, RankL
     try:
         config, entrypoint, arguments = torchrun.config_from_args(args)
         config.logs_specs = specs
+        python, *words = tied(
+            [str(entrypoint), *arguments]
+        )  # torch would leave the ranks behind when this process is killed
         with ends:
-            elastic_launch(config, entrypoint)(*arguments)
+            elastic_launch(config, python)(*words)
     except ChildFailedError as error:
         return _outcome(error, specs, ends.place), specs
     except SignalException as stop:
         raise Interrupted(int(stop.sigval)) from None
+    except ValueError as error:  # of the launcher's own: what ranks raise comes as a ChildFailedError
+        raise JobError(f"torchrun refuses the job: {error}") from None
     finally:
         os.environ.clear()
         os.environ.update(before)

@@ -27,6 +27,7 @@ class Watched:
 
     def __init__(self, folder: Path | None, env: Mapping[str, str]) -> None:
         given = env.get(TRACE_VARIABLE)
+        self.folder = folder
         self._own = not given and folder is not None
         self.traces = Path(given) if given else None if folder is None else (folder / "trace").absolute()
         self._began = time.time() - _CLOCK

@@ -58,7 +58,7 @@ class Call:
     `sequence` counts the collectives of a group, and its messages on their own. `timeout` is what the caller asked for
     (`UNSET_TIMEOUT`: the group's default); `async_op` is False where the caller will not go on before the result is there;
     `engine` is the library or the algorithm that carries it; `peer` is the group rank that a message goes to or comes
-    from (−1: any, or no message).
+    from (−1: any, or no message), `tag` its tag.
 
     The rest is noted as the call goes on, for the trace: shapes, not tensors; times in ns since the epoch, 0 where that
     has not happened; the code that called and the instruction in it; how many parts have not ended; and, for what runs as a
@@ -76,6 +76,7 @@ class Call:
     history: FirstFailure = field(default_factory=FirstFailure)
     message: bool = False
     peer: int = -1
+    tag: int = 0
 
     number: int = field(default=-1, init=False)
     inputs: Any = field(default=(), init=False)
@@ -97,8 +98,11 @@ class Call:
 
     def __str__(self) -> str:
         engine = f", {self.engine}" if self.engine else ""
-        kind = "message" if self.message else "call"
-        return f"{self.op} ({kind} {self.sequence} on group {self.group!r}, rank {self.rank} of {self.size}{engine})"
+        op, kind = self.op, "call"
+        if self.message:
+            way = "" if self.peer < 0 else f" {'to' if self.op == 'send' else 'from'} rank {self.peer}"
+            op, kind = f"{self.op}{way} with tag {self.tag}", "message"
+        return f"{op} ({kind} {self.sequence} on group {self.group!r}, rank {self.rank} of {self.size}{engine})"
 
     def begun(self) -> None:
         """Its first part has begun."""
@@ -164,11 +168,6 @@ def _reason(cause: BaseException) -> str:
 
 def _diagnose(reason: str) -> tuple[type[CollectiveError], str]:
     """The class of the error and the advice that fits what the library said."""
-    if "Application timeout caused pair closure" in reason:  # gloo, on the rank where something timed out
-        return CollectiveError, (
-            "This rank has closed its connections to the group, after another call timed out or the group was aborted: "
-            "look at the first failure of this group, then destroy it and start again."
-        )
     if _PEER_GONE.search(reason):
         return CollectiveError, (
             "A peer exited, was killed or aborted: look for the first rank that failed in the logs of the others, then "

@@ -33,7 +33,7 @@ from distill.assembly import Parts, assemble
 from distill.config import AggregationSpec, RunConfig, load_config
 from distill.distributed import device
 from distill.errors import ConfigError, DistillError
-from distill.methods.base import BatchFacts, Targets
+from distill.methods.base import BatchFacts
 from distill.micro_batches import Layout, MicroBatch, micro_batches
 from distill.models import TargetLogits, causal_lm
 from distill.preparing import DRAWS
@@ -81,18 +81,7 @@ class GradientSampler:
         logits = self.logits(single.student)
         self.teachers.submit([single])
         teacher, reference = self.teachers.take(single)
-        losses = self.method.token_losses(
-            Targets(
-                FullLogits(logits),
-                teacher,
-                single.student.target_ids,
-                reference=reference,
-                sequence_index=single.student.sequence_index,
-                advantages=single.advantages,
-                behaviour_logprobs=single.student.behaviour_logprobs,
-                draws=single.draws,
-            )
-        )
+        losses = self.method.token_losses(single.targets(FullLogits(logits), teacher, reference))
         loss = (losses.loss * single.scales).sum() + 0.0 * logits.sum()
         gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
         return torch.cat(

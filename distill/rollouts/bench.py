@@ -12,7 +12,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -145,20 +145,36 @@ def table(results: list[Result]) -> str:
     return "\n".join(lines)
 
 
+def bench_parser(documentation: str | None, numbers: Mapping[str, tuple[int, str]]) -> argparse.ArgumentParser:
+    """A parser of whole numbers, by name with (default, meaning), and of ``--json``, see `write_results`."""
+    parser = argparse.ArgumentParser(description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, (default, what) in numbers.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{what} (default {default})")
+    parser.add_argument("--json", type=Path, help="also write the results and settings to this file")
+    return parser
+
+
+def write_results(args: argparse.Namespace, results: Sequence[Any], **more: Any) -> None:
+    """Where ``--json`` says: all settings, `more` of them, and the results (dataclasses)."""
+    if args.json:
+        settings = {key: value for key, value in vars(args).items() if key != "json"} | more
+        record = {"settings": settings, "results": [asdict(result) for result in results]}
+        args.json.write_text(json.dumps(record, indent=2) + "\n")
+
+
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Command-line arguments."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=1, help="torch threads (default 1)")
-    parser.add_argument("--repeats", type=int, default=5, help="runs per engine and scenario (default 5)")
-    parser.add_argument(
-        "--slots", type=int, default=64, help="rows in flight, and the batch size of generate (default 64)"
-    )
-    parser.add_argument("--shortest", type=int, default=16, help="shortest response in tokens (default 16)")
-    parser.add_argument("--longest", type=int, default=256, help="longest response in tokens (default 256)")
-    parser.add_argument("--hidden", type=int, default=96, help="hidden size of the model (default 96)")
-    parser.add_argument("--layers", type=int, default=3, help="layers of the model (default 3)")
-    parser.add_argument("--vocabulary", type=int, default=512, help="vocabulary size (default 512)")
-    parser.add_argument("--json", type=Path, help="also write the results and settings to this file")
+    numbers = {
+        "threads": (1, "torch threads"),
+        "repeats": (5, "runs per engine and scenario"),
+        "slots": (64, "rows in flight, and the batch size of generate"),
+        "shortest": (16, "shortest response in tokens"),
+        "longest": (256, "longest response in tokens"),
+        "hidden": (96, "hidden size of the model"),
+        "layers": (3, "layers of the model"),
+        "vocabulary": (512, "vocabulary size"),
+    }
+    parser = bench_parser(__doc__, numbers)
     args = parser.parse_args(argv)
     if args.vocabulary < FIRST + args.longest:
         parser.error(
@@ -184,11 +200,7 @@ def main(argv: list[str] | None = None) -> list[Result]:
     parameters = sum(p.numel() for p in countdown_model(args.hidden, args.layers, args.vocabulary).parameters())
     print(f"{parameters:,} parameters, {args.threads} thread(s), torch {torch.__version__}, median of {args.repeats}")
     print(table(results))
-    if args.json:
-        settings = {key: value for key, value in vars(args).items() if key != "json"} | {"parameters": parameters}
-        args.json.write_text(
-            json.dumps({"settings": settings, "results": [asdict(r) for r in results]}, indent=2) + "\n"
-        )
+    write_results(args, results, parameters=parameters)
     return results
 
 

@@ -14,18 +14,16 @@ Numbers divisible by ``--stride`` at random places end steps, so that steps have
 """
 
 import argparse
-import json
 import statistics
 import time
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from distill.rollouts.bench import FIRST, countdown_model, countdown_prompts
+from distill.rollouts.bench import FIRST, bench_parser, countdown_model, countdown_prompts, write_results
 from distill.rollouts.flight import Flight
 from distill.rollouts.generator import open_shared
 from distill.rollouts.monitored import Monitored, MonitoredTrajectory, MonitorOptions
@@ -208,7 +206,6 @@ def table(results: list[Result]) -> str:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Command-line arguments."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     numbers = {
         "threads": (1, "torch threads"),
         "repeats": (5, "timed runs per scenario"),
@@ -220,18 +217,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "skips": (150, "one number in so many is left out by the teacher; 0: none"),
         "hidden": (64, "hidden size of the student"),
         "layers": (2, "layers of the student"),
-        "teacher_hidden": (128, "hidden size of the teacher"),
-        "teacher_layers": (4, "layers of the teacher"),
+        "teacher-hidden": (128, "hidden size of the teacher"),
+        "teacher-layers": (4, "layers of the teacher"),
         "vocabulary": (512, "vocabulary size"),
     }
-    for name, (default, what) in numbers.items():
-        parser.add_argument(
-            f"--{name.replace('_', '-')}", type=int, default=default, help=f"{what} (default {default})"
-        )
+    parser = bench_parser(__doc__, numbers)
     parser.add_argument(
         "--cpu-time", action="store_true", help="processor instead of wall-clock time: for a busy machine"
     )
-    parser.add_argument("--json", type=Path, help="also write the results and settings to this file")
     args = parser.parse_args(argv)
     if args.vocabulary < FIRST + args.longest:
         parser.error(f"--vocabulary must be at least {FIRST + args.longest} to count down from {args.longest}")
@@ -256,11 +249,7 @@ def main(argv: list[str] | None = None) -> list[Result]:
     ]
     print(f"{args.threads} thread(s), torch {torch.__version__}, median of {args.repeats}")
     print(table(results))
-    if args.json:
-        settings = {key: value for key, value in vars(args).items() if key != "json"}
-        args.json.write_text(
-            json.dumps({"settings": settings, "results": [asdict(r) for r in results]}, indent=2) + "\n"
-        )
+    write_results(args, results)
     return results
 
 

@@ -16,18 +16,16 @@ updates (the curriculum); ``seconds`` wall-clock.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from distill.rollouts.bench import FIRST, bare_tokenizer, countdown_model
+from distill.rollouts.bench import FIRST, bare_tokenizer, bench_parser, countdown_model, write_results
 from distill.rollouts.generator import Generator
 from distill.rollouts.pool import Pool, Response, Unit
 from distill.rollouts.sampling import SamplingParams
@@ -136,8 +134,7 @@ def table(results: Sequence[Result]) -> str:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Command-line arguments."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    whole = {
+    numbers = {
         "threads": (1, "torch threads"),
         "batch": (32, "samples per update"),
         "slots": (32, "rows in flight"),
@@ -147,11 +144,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "max-staleness": (4, "updates, of partial and drop"),
         "seed": (0, "of the lengths"),
     }
-    for name, (default, what) in whole.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{what} (default {default})")
+    parser = bench_parser(__doc__, numbers)
     parser.add_argument("--oversubscribe", type=float, default=4.0, help="pool over batch (default 4)")
     parser.add_argument("--tail", type=float, default=1.0, help="Pareto shape; smaller is heavier (default 1)")
-    parser.add_argument("--json", type=Path, help="also write the results and settings to this file")
     args = parser.parse_args(argv)
     for name in ("threads", "batch", "slots", "updates", "shortest", "max_staleness"):
         if getattr(args, name) < 1:
@@ -192,11 +187,7 @@ def main(argv: list[str] | None = None) -> list[Result]:
         f"updates; lengths: median {lengths[len(lengths) // 2]}, mean {statistics.fmean(lengths):.0f}, longest {lengths[-1]}"
     )
     print(table(results))
-    if args.json:
-        settings = {key: value for key, value in vars(args).items() if key != "json"}
-        args.json.write_text(
-            json.dumps({"settings": settings, "results": [asdict(r) for r in results]}, indent=2) + "\n"
-        )
+    write_results(args, results)
     return results
 
 

@@ -84,7 +84,8 @@ def _single(
         served, source = section.server, section.many.get(name)
         if source is not None:
             served = replace(served, model=part.spec.path, url=source.url or served.url)
-        alone = replace(config, teacher=replace(section, many={}, server=served))
+        model = replace(config.model, teacher=part.spec)
+        alone = replace(config, model=model, teacher=replace(section, many={}, server=served))
         return open_server(alone, replace(parts, teacher=part.model, tokenizer=part.tokenizer or parts.tokenizer))
     if own is None:
         assert part is not None

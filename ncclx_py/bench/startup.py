@@ -5,7 +5,7 @@
 Real ranks are forked processes over one TCPStore; backends take turns, and a round ends when its slowest rank is done. The
 first round of each pays for imports: it is given as `cold`, the median of the others as `median`. Requests to the store
 are counted in a round of their own, as counting costs time. Fake ranks are threads over a store in memory, which only run the
-exchange of cards and settings that a group of that size begins with, on hosts of eight.
+exchange that a group of that size begins with, on hosts of eight.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import torch.distributed as dist
 
 import ncclx_py  # noqa: F401  (registers the backend)
 from ncclx_py.bench.counting import CountingStore
+from ncclx_py.runtime.basis import says
 from ncclx_py.transport.exchange import exchange
 from ncclx_py.transport.identity import Card
 
@@ -72,16 +73,15 @@ class MemoryStore:
 
 
 def fake(size: int) -> Row:
-    """One exchange of cards, device facts and settings among `size` fake ranks: seconds, and requests of each rank."""
+    """The exchange of cards with settings among `size` fake ranks: seconds, and requests of each rank."""
     shared = MemoryStore()
     stores = [CountingStore(shared) for _ in range(size)]
     errors: list[BaseException] = []
-    cards = [_card(rank).to_json() for rank in range(size)]
+    rows = [[*_card(rank).row(), says(rank, {})] for rank in range(size)]
 
     def join(rank: int) -> None:
         try:
-            for what, text in (("cards", cards[rank]), ("facts", "[null, []]"), ("basis", '{"NCCLX_VERIFY": "first"}')):
-                exchange(stores[rank], what, rank, size, text, DEADLINE)
+            exchange(stores[rank], "fabric", rank, size, rows[rank], DEADLINE)
         except BaseException as error:
             errors.append(error)
 
@@ -106,7 +106,7 @@ def fake(size: int) -> Row:
         "bytes_per_rank": max(store.sent + store.received for store in others),
         "messages_of_rank_0": stores[0].messages,
         "bytes_of_rank_0": stores[0].sent + stores[0].received,
-        "bytes_if_each_read_all": sum(map(len, cards)),
+        "bytes_if_each_read_all": sum(len(json.dumps(row, separators=(",", ":"))) for row in rows),
     }
 
 
@@ -114,7 +114,9 @@ def _card(rank: int) -> Card:
     host = rank // _PER_HOST
     addresses = (f"10.{host >> 16}.{host >> 8 & 255}.{host & 255}",)
     machine = f"{host:032x} net:[4026531840]"
-    return Card(rank, machine, machine, addresses, False, 20000 + rank % 40000, os.urandom(16).hex())
+    ports = (20000 + rank % 40000, 20001 + rank % 40000)
+    token, process = os.urandom(16).hex(), 1000 + rank * 7
+    return Card(rank, machine, machine, addresses, False, ports[0], token, process, 4026531836, ports[1])
 
 
 def real(size: int, repeats: int) -> Row:

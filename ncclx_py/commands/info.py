@@ -147,7 +147,7 @@ def _serves() -> dict[str, dict[str, str | None]]:
         cuda = {"by": None, "why_not": "none: no CUDA device is visible"}
     else:
         cuda = {"by": "nccl", "why_not": None}
-    return {"cpu": {"by": "plans, over shared memory and TCP; gloo for point-to-point", "why_not": None}, "cuda": cuda}
+    return {"cpu": {"by": "plans, over shared memory and TCP; messages over sockets", "why_not": None}, "cuda": cuda}
 
 
 def _memory(device: dict[str, Any]) -> str:

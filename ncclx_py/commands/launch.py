@@ -20,6 +20,7 @@ from typing import Any
 from ncclx_py.commands import launch_slurm
 from ncclx_py.commands.launch_report import (
     PROGRAM,
+    add_log_folder,
     add_shared_arguments,
     check_record,
     make_folder,
@@ -31,7 +32,7 @@ from ncclx_py.faults.spec import InjectError
 from ncclx_py.launch.emulate import Cluster
 from ncclx_py.launch.inject import Drill
 from ncclx_py.launch.ranks import Interrupted, JobError, prefixed, raise_on_signals
-from ncclx_py.launch.shape import PLACEMENTS, Shape, parse_ranks, parse_rates, str_ranks
+from ncclx_py.launch.shape import CONGESTION, PLACEMENTS, Shape, parse_ranks, parse_rates, str_ranks
 from ncclx_py.launch.watched import Watched, written_to
 from ncclx_py.units import parse_bandwidth, parse_size
 
@@ -81,13 +82,7 @@ def _add_torchrun(ways: Any) -> None:
     torchrun.add_argument("--master-addr", metavar="HOST", help="of the first node, for a static rendezvous")
     torchrun.add_argument("--master-port", type=int, metavar="PORT")
     torchrun.add_argument("--max-restarts", type=int, metavar="N", help="of all ranks after a failure (default 0)")
-    torchrun.add_argument(
-        "--log-dir",
-        type=Path,
-        default=Path("outputs/launch"),
-        metavar="DIR",
-        help="each launch makes a folder in it (default outputs/launch)",
-    )
+    add_log_folder(torchrun)
     add_shared_arguments(torchrun)
     torchrun.set_defaults(launch=_torchrun)
 
@@ -108,8 +103,9 @@ def add_link_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--congestion",
+        default=CONGESTION,
         metavar="NAME",
-        help="TCP's congestion control on the hosts, as reno or bbr (default: the machine's)",
+        help=f"TCP's congestion control on the hosts; host: the machine's own (default {CONGESTION}, which every Linux has)",
     )
 
 
@@ -118,7 +114,8 @@ def shape_of(cluster: str, args: argparse.Namespace, placement: str) -> Shape:
     spine = None if args.spine is None else parse_bandwidth(args.spine)
     burst = parse_size(args.burst.replace("kb", "KiB"))  # tc's kb
     rates = parse_rates(args.rate, args.rails)
-    return Shape(parse_ranks(cluster), rates, spine, burst, placement, args.congestion)
+    congestion = None if args.congestion == "host" else args.congestion
+    return Shape(parse_ranks(cluster), rates, spine, burst, placement, congestion)
 
 
 def run(args: argparse.Namespace) -> int:

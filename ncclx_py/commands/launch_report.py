@@ -12,6 +12,7 @@ from typing import Any
 
 from ncclx_py.faults.spec import Fault, check_links, check_ranks, parse
 from ncclx_py.launch.inject import Drill
+from ncclx_py.launch.logs import is_full
 from ncclx_py.launch.ranks import JobError, Outcome, describe
 from ncclx_py.launch.shape import Shape
 from ncclx_py.launch.watched import Watched
@@ -29,6 +30,16 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what ran and how it ended")
     parser.add_argument("program", nargs="+", help="what would follow torchrun's options: script.py … or -m module …")
+
+
+def add_log_folder(parser: argparse.ArgumentParser, where: str = "") -> None:
+    parser.add_argument(
+        "--log-dir",
+        type=Path,
+        default=Path("outputs/launch"),
+        metavar="DIR",
+        help=f"{where}each launch makes a folder in it (default outputs/launch)",
+    )
 
 
 def read_faults(texts: Sequence[str], ranks: int | None, shape: Shape | None = None) -> tuple[Fault, ...]:
@@ -68,6 +79,11 @@ def report(
         print(f"ncclx launch: {failed}", file=sys.stderr)
         if outcome.last_lines:
             print("its last lines:", *outcome.last_lines, sep="\n  ", file=sys.stderr)
+        if watched.folder is not None and is_full(watched.folder):
+            print(
+                f"ncclx launch: the disk of {watched.folder} is full: free space, or choose another --log-dir",
+                file=sys.stderr,
+            )
         verdict, text = watched.verdict()
         if text:
             print(text, file=sys.stderr)

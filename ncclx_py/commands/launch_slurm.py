@@ -18,6 +18,7 @@ from typing import Any
 
 from ncclx_py.commands.launch_report import (
     PROGRAM,
+    add_log_folder,
     add_shared_arguments,
     check_record,
     make_folder,
@@ -80,13 +81,7 @@ def add(ways: Any) -> None:
         metavar="OPTION",
         help="one more for sbatch, as exclusive or mem=0; repeat",
     )
-    add(
-        "--log-dir",
-        type=Path,
-        default=Path("outputs/launch"),
-        metavar="DIR",
-        help="on a file system that all nodes share; each launch makes a folder in it (default outputs/launch)",
-    )
+    add_log_folder(parser, "on a file system that all nodes share; ")
     add_shared_arguments(parser)
     parser.set_defaults(launch=_slurm)
 
@@ -113,7 +108,10 @@ def _slurm(args: argparse.Namespace) -> int:
     with Drill(faults, folder=folder / "faults") as drill:
         job = _job(args, ranks, folder, drill)
         script = folder / "job.sbatch"
-        script.write_text(render(job), encoding="utf-8")
+        try:
+            script.write_text(render(job), encoding="utf-8")
+        except OSError as error:
+            raise JobError(f"--log-dir: {script} cannot be written: {error.strerror}; choose another folder.") from None
         try:
             number = submit(script)
         except SlurmError as error:

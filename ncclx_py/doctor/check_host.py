@@ -11,7 +11,7 @@ from ncclx_py.doctor.job import FAIL, WARN, Finding, Host, Job, by_rank, differi
 from ncclx_py.units import format_size
 
 FILES_BASE = 256  # open files of Python, torch, its data and its log files, before any connection
-THREADS_LEAST, THREADS = 32, 128  # tasks of a rank: gloo's, torch's and the trainer's threads, and data workers
+THREADS_LEAST, THREADS = 32, 128  # tasks of a rank: ours, torch's and the trainer's threads, and data workers
 RDMA_LOCKED = 2**30  # bytes that queue pairs and buffers lock
 SHARED_LEAST, SHARED = 32 * 2**20, 2**28  # bytes of /dev/shm per rank: NCCL's buffers; data workers' batches as well
 MEMORY_LEAST = 2**30  # bytes per rank: torch, imported, with its buffers
@@ -23,11 +23,11 @@ GPU_BUSY = 2**30  # bytes of a GPU that another process holds before the job
 def limits(job: Job) -> list[Finding]:
     """Soft limits of every rank against what it needs in a job of this size.
 
-    Open files: gloo connects every rank to all others, once per process group of all ranks, so `size` + 256 is the least
-    with one such group; two are usual (one for objects and barriers).
+    Open files: connections are made when they are needed. Few are, but an all-to-all, or messages with everyone, need one to
+    every other rank.
     """
     parts = job.sections("limits")
-    least, wanted = job.size + FILES_BASE, 2 * (job.size + FILES_BASE)
+    least, wanted = FILES_BASE, job.size + FILES_BASE
     found = _below(
         job,
         {rank: part["open_files"] for rank, part in parts.items()},

@@ -1,4 +1,4 @@
-"""Checks of what lies between hosts: interfaces and rails, names, the store, clocks."""
+"""Checks of what lies between hosts: interfaces and rails, TCP, names, the store, clocks."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from ncclx_py.doctor.job import FAIL, WARN, Finding, Host, Job, by_rank, differing
 from ncclx_py.units import format_bandwidth, format_time
 
+_LOSS_BASED = ("reno", "cubic")  # they shrink their window after a pause; bbr paces by what it has measured
 CLOCK_WARN, CLOCK_FAIL = 0.1, 2.0  # seconds: times of traces no longer compare; logs, tokens and file times mislead
 
 
@@ -109,6 +110,32 @@ def _rdma(job: Job, known: list[Host]) -> list[Finding]:
     rates = by_rank((host, ", ".join(sorted({str(one["rate"]) for one in row}))) for host, row in active.items() if row)
     remedy = "The slowest port sets the pace: look at cable, transceiver and switch port (ibstat)."
     return found + differing(job, rates, WARN, "the rate of RDMA ports", remedy)
+
+
+def tcp(job: Job) -> list[Finding]:
+    """How TCP behaves between hosts, where no RDMA port is active: congestion control that differs, or, where it is one that
+    probes by losing packets, a window that shrinks while ranks compute (measured: calls of 4 MiB up to twice as slow)."""
+    if not job.several:
+        return []
+    parts = {host: host.section("network") for host in job.hosts}
+    over_tcp = {
+        host: part
+        for host, part in parts.items()
+        if part and not any(port["state"] == "ACTIVE" for port in part["infiniband"].values())
+    }
+    control = by_rank((host, part["congestion"]) for host, part in over_tcp.items() if part["congestion"])
+    remedy = "sysctl -w net.ipv4.tcp_congestion_control=NAME, the same on all hosts."
+    found = differing(job, control, WARN, "TCP's congestion control", remedy)
+    slow = [
+        host
+        for host, part in over_tcp.items()
+        if part["slow_start_after_idle"] == 1 and part["congestion"] in _LOSS_BASED
+    ]
+    if slow:
+        ranks = tuple(rank for host in slow for rank in host.ranks)
+        remedy = "sysctl -w net.ipv4.tcp_slow_start_after_idle=0, and in /etc/sysctl.d for good."
+        found.append(Finding(WARN, "TCP begins anew after each pause between collectives", ranks, remedy))
+    return found
 
 
 def names(job: Job) -> list[Finding]:

@@ -114,6 +114,13 @@ def _rail_note(job: Job) -> str:
     return f"{len(check_network.carriers(job.hosts[0]))} per host" if job.several else "one host: none needed"
 
 
+def _tcp_note(job: Job) -> str:
+    if not job.several:
+        return "one host: none between hosts"
+    known = {host.section("network").get("congestion") for host in job.hosts}
+    return f"congestion control {', '.join(sorted(filter(None, known))) or 'not known'}"
+
+
 def _name_note(job: Job) -> str:
     own = job.hosts[0].section("names").get("own")
     return f"{job.hosts[0].name} is {', '.join(own)}" if isinstance(own, list) else "not known"
@@ -161,6 +168,7 @@ _CHECKS: tuple[tuple[str, Callable[[Job], list[Finding]], Callable[[Job], str]],
     ("names", check_network.names, _name_note),
     ("interfaces", check_network.interfaces, _interface_note),
     ("rails", check_network.rails, _rail_note),
+    ("tcp", check_network.tcp, _tcp_note),
     ("clocks", check_network.clocks, _clock_note),
     ("limits", check_host.limits, _limit_note),
     ("memory", check_host.memory, _memory_note),

@@ -113,7 +113,13 @@ def _network(machine: Machine) -> dict[str, Any]:
             "ipv6": name in ipv6,
         }
     default = default_interface(machine.root / "proc/self/net/route")
-    return {"interfaces": interfaces, "default": default or None, "infiniband": _infiniband(machine)}
+    return {
+        "interfaces": interfaces,
+        "default": default or None,
+        "infiniband": _infiniband(machine),
+        "congestion": machine.read("/proc/sys/net/ipv4/tcp_congestion_control"),
+        "slow_start_after_idle": machine.number("/proc/sys/net/ipv4/tcp_slow_start_after_idle"),
+    }
 
 
 def _infiniband(machine: Machine) -> dict[str, dict[str, Any]]:

@@ -9,7 +9,7 @@ asking one another, and `digest` lets them check that they do. In this order: an
 the first rule that fits and applies, the least predicted time. Predictions within `MARGIN` of each other count as equal; then
 the order of `_PREFERENCE` decides, and fewer chunks, since short steps cost what the model leaves out. The exception is the
 pipelined all-reduce and the balanced all-to-all, which take as many chunks as are long enough: their overlap hides more
-than the model knows of.
+than the model knows of. An all-to-all of short blocks is Bruck's as long as messages cost more than bytes (`SHORT_BLOCK`).
 """
 
 from __future__ import annotations
@@ -35,6 +35,11 @@ CHUNK = 2 << 20
 # every rank waits for every other one, so that their delays add up; in halving and doubling partners change from round to
 # round, and NICs that several ranks share were measured to idle meanwhile.
 WORTH = {"balanced": 0.9, "ring": 0.9, "halving_doubling": 0.9, "direct": 0.9}
+# Between hosts, blocks of up to so many bytes cost by the message: each keeps its rank's thread busy for longer than OVERHEAD
+# says, and threads share cores. Bruck's few messages then win, as long as what it sends twice costs less than MESSAGE·α for
+# every message that it saves (measured on CPU clusters of 4x2, 2x4 and 8x1 hosts x ranks, 200 Mbit/s to 10 Gbit/s).
+SHORT_BLOCK = 8 << 10
+MESSAGE = 3
 MOST_CHUNKS = 64
 _REMEMBERED = 4096  # choices
 _ORDERED = ("all_reduce", "reduce_scatter")
@@ -203,7 +208,8 @@ class Tuner:
                 if ratio:
                     seconds, source = seconds * ratio, "model × measured"
                 found.append(Candidate(name, parameters, seconds, source, why_not))
-        return self._without_vain(found)
+        found = self._without_vain(found)
+        return self._without_busy(size, found) if problem.collective == "all_to_all" else found
 
     def _without_vain(self, found: Sequence[Candidate]) -> list[Candidate]:
         """Rules out what gains less than `WORTH`: where all links are alike, not rings, and elsewhere not `direct`."""
@@ -220,6 +226,22 @@ class Tuner:
             and one.source == "model"
             and not one.why_not
             and (one.predicted_s or 0.0) > WORTH[one.algorithm] * limit
+            else one
+            for one in found
+        ]
+
+    def _without_busy(self, size: int, found: list[Candidate]) -> list[Candidate]:
+        """Of an all-to-all of `size` bytes per rank: rules out what sends more messages than Bruck, where that pays."""
+        bruck = next((one for one in found if one.algorithm == "bruck" and not one.why_not), None)
+        several, ranks = len(self.topology.hosts) > 1, self.topology.size
+        if bruck is None or bruck.source != "model" or not several or not 0 < size <= SHORT_BLOCK * ranks:
+            return found
+        # All others handle a message for each other rank, straight or by way of a neighbour.
+        saved = ranks - 1 - (ranks - 1).bit_length()
+        least = (bruck.predicted_s or 0.0) - saved * MESSAGE * self.topology.inter.alpha
+        return [
+            replace(one, why_not=f"takes {saved} messages more than bruck, which cost more than they save")
+            if one is not bruck and not one.why_not and (one.predicted_s or 0.0) > least
             else one
             for one in found
         ]

@@ -1,8 +1,8 @@
 """Argument checks of collectives, on this rank alone.
 
-gloo and NCCL trust the caller: a wrong size hangs the group or writes past a buffer. What one rank can see by itself is
+NCCL trusts the caller: a wrong size hangs the group or writes past a buffer. What one rank can see by itself is
 checked here before anything is sent. A mismatch *between* ranks shows when their messages meet: plans compare signatures
-(``signature.py``); what NCCL or gloo carries finds it by the deadline only.
+(``signature.py``); what NCCL carries finds it by the deadline only.
 All functions raise ValueError or TypeError with the call, the value and the remedy.
 """
 
@@ -65,6 +65,11 @@ def peer(call: Call, value: int, name: str) -> None:
     rank(call, value, name)
     if value == call.rank:
         raise ValueError(f"{call}: {name} {value} is this rank itself; copy the tensor instead.")
+
+
+def tag(call: Call, value: int) -> None:
+    if not 0 <= value < 1 << 32:
+        raise ValueError(f"{call}: tag {value} is not from 0 to {(1 << 32) - 1}.")
 
 
 def elements(call: Call, tensor: Tensor, expected: int, name: str) -> None:

@@ -1,7 +1,7 @@
 """The local backends of one group: which library serves which device, made when it is needed.
 
-NCCL connects nothing when it is constructed, so it is made when the first CUDA tensor comes. gloo connects every rank
-to every other when it is constructed, so all ranks must construct it together. Where there is no CUDA device it is
+NCCL connects nothing when it is constructed, so it is made when the first CUDA tensor comes. What serves CPU tensors asks all
+ranks who and where they are when it is constructed, so all must construct it together. Where there is no CUDA device it is
 needed for sure, and is made with the group, where all ranks are. Where there is one, a group may live without it: it is
 made at the first collective on CPU tensors (or barrier, or object collective). There, and only there, a send or receive
 of CPU tensors that comes before any collective waits until all ranks of the group have used CPU tensors.
@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from ncclx_py.runtime.basis import Membership
-from ncclx_py.runtime.gloo import GlooBackend
+from ncclx_py.runtime.cpu import CpuBackend
 from ncclx_py.runtime.local import LocalBackend
 from ncclx_py.runtime.native_plans import NativePlans, two_levels
 from ncclx_py.runtime.nccl import NcclBackend, nccl_connector, part_connector
@@ -72,7 +72,7 @@ class Devices:
 
     def _make(self, device_type: str) -> LocalBackend:
         if device_type == "cpu":
-            return GlooBackend(dist.PrefixStore("cpu/", self._store), self._member, self._timeout)
+            return CpuBackend(dist.PrefixStore("cpu/", self._store), self._member, self._timeout)
         if device_type == "cuda":
             what = self._store, self._member, self._timeout, self._options
             return NcclBackend(nccl_connector(*what), self._member.rank, self._member.size, self._levels)
@@ -89,7 +89,7 @@ class Devices:
 
     def _counts(self, sent: Sequence[int], received: Sequence[int], options: Any) -> tuple[tuple[int, ...], ...]:
         local = self.backend("cpu")
-        assert isinstance(local, GlooBackend)
+        assert isinstance(local, CpuBackend)
         return local.counts(sent, received, options)
 
 

@@ -4,8 +4,9 @@
     engine.run(Request("all_reduce", problem, {"data": tensor}, op=ReduceOp.SUM, seconds=60), job)
 
 All ranks of a group make the same calls, so they choose the same plans, and verify the same ones at the same time: rank 0
-verifies the plans of all ranks and tells the others, before any of them moves a byte of the caller's. An engine is used
-by one thread at a time (``progress.py``); `explain` may be called from any.
+verifies the plans of all ranks and tells the others, before any of them moves a byte of the caller's, unless it has told them
+when the group was made (``verified.py``). Plans that were built for another group of this process are taken from there. An
+engine is used by one thread at a time (``progress.py``); `explain` may be called from any.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ncclx_py.errors import CollectiveError
-from ncclx_py.plans.algorithms.registry import build, build_rank
+from ncclx_py.plans.algorithms.registry import build, build_rank, find
 from ncclx_py.plans.aliasing import survives
 from ncclx_py.plans.errors import PlanError
 from ncclx_py.plans.plan import Plan, Problem, Program, RankPlan, Span
@@ -30,11 +31,16 @@ from ncclx_py.plans.verify import verify
 from ncclx_py.runtime.basis import Basis, Membership
 from ncclx_py.runtime.choices import Decision, Decisions
 from ncclx_py.runtime.progress import Job
+from ncclx_py.runtime.recent import Recent
+from ncclx_py.runtime.verified import VERIFIED, mark_of
 from ncclx_py.transport.signature import Signature
 
 SLICE = 32 << 20  # bytes
 _CACHED = 256  # plans per group; the one unused for longest goes first
 _VERDICT_BYTES = 1024
+
+
+_plans: Recent[tuple[Any, ...], RankPlan] = Recent(_CACHED)  # of all groups
 
 
 class _Refused(CollectiveError):
@@ -76,7 +82,7 @@ class Engine:
         self._verify = basis.settings.verify
         self._outside = basis.outside
         self._ready: OrderedDict[tuple[str, Problem, int], _Ready] = OrderedDict()
-        self._verified: set[tuple[Any, ...]] = set()
+        self._verified = set(basis.verified)
         self._sequence = 0
         self._verdicts: Any = None
 
@@ -145,7 +151,7 @@ class Engine:
             plan = outside.ranks[self._rank]
         else:
             choice = self._tuner.choose(problem, itemsize)
-            plan = build_rank(problem, self.topology, choice.algorithm, self._rank, choice.parameters)
+            plan = self._plan(problem, choice)
             self._admit(request, choice, tensor.dtype, deadline)
         # The order of ranks alone decides the bits of `ordered`, whoever shares a host.
         schedule = self._executor.lower(plan, problem.lengths(self._rank), round_once=choice.algorithm != "ordered")
@@ -160,6 +166,18 @@ class Engine:
         )
         return _Ready(plan, schedule, self.decisions.note(decision))
 
+    def _plan(self, problem: Problem, choice: Choice) -> RankPlan:
+        """This rank's plan. Those of all_to_all are not kept: each call may bring other counts, for all pairs of ranks."""
+        algorithm, parameters = find(problem.collective, choice.algorithm), choice.parameters
+
+        def make() -> RankPlan:
+            return build_rank(problem, self.topology, choice.algorithm, self._rank, parameters)
+
+        if problem.collective == "all_to_all":
+            return make()
+        key = (problem, self.topology, algorithm.name, algorithm.build, self._rank, *sorted(parameters.items()))
+        return _plans.get(key, make)
+
     def _from_file(self, problem: Problem) -> Plan | None:
         return self._outside if self._outside is not None and self._outside.problem == problem else None
 
@@ -167,17 +185,23 @@ class Engine:
         """Raises CollectiveError on all ranks when the chosen plan is wrong."""
         if self._verify == "never":
             return
-        kind = structure(request.problem, choice)
-        if self._verify == "first" and kind in self._verified:
-            return
-        verdict = self._judge(request.problem, choice) if self._rank == 0 else ""
-        verdict = self._announce(verdict, request, dtype, deadline)
+        mark, once = mark_of(self.topology, request.problem, choice), self._verify == "first"
+        told = once and mark in self._verified
+        if self._rank == 0:
+            known = once and mark in VERIFIED
+            verdict = "" if told or known else self._judge(request.problem, choice)
+        else:
+            verdict = ""
+        if not told:
+            verdict = self._announce(verdict, request, dtype, deadline)
         if verdict:
             raise _Refused(
                 f"The plan {choice.algorithm} of {request.name} failed its verification and was not run: {verdict}. Choose "
                 "another algorithm with a rule file (NCCLX_RULES), and report this one."
             )
-        self._verified.add(kind)
+        self._verified.add(mark)
+        if self._rank == 0:
+            VERIFIED.add(mark)
 
     def _judge(self, problem: Problem, choice: Choice) -> str:
         """What is wrong with the plans of all ranks, "" when nothing is."""
@@ -223,24 +247,6 @@ def _from_rank_zero(rank: int, topology: Topology) -> RankPlan:
         for peer in range(1, topology.size):
             program.send(data, peer, level=topology.level(0, peer))
     return program.finish()
-
-
-def structure(problem: Problem, choice: Choice) -> tuple[Any, ...]:
-    """What a verification stands for: a plan of the same algorithm, and sizes of the same class, has the same steps.
-
-    The counts of all_to_all change from call to call; there one verification stands for all of an algorithm, even and
-    uneven.
-    """
-    parameters = tuple(sorted(choice.parameters.items()))
-    if problem.collective == "all_to_all":
-        sizes: tuple[Any, ...] = (_is_even(problem.matrix),)
-    else:
-        sizes = (problem.count.bit_length(), len(set(problem.counts)) > 1, max(problem.counts, default=0).bit_length())
-    return (problem.collective, choice.algorithm, parameters, problem.root, *sizes)
-
-
-def _is_even(matrix: tuple[tuple[int, ...], ...]) -> bool:
-    return len({count for row in matrix for count in row}) == 1
 
 
 def _elements(problem: Problem) -> int:

@@ -22,8 +22,8 @@ from ncclx_py.errors import UNSET_TIMEOUT, Call, CollectiveError, FirstFailure
 from ncclx_py.runtime import nan_check
 from ncclx_py.runtime.basis import Membership
 from ncclx_py.runtime.choices import Decision
+from ncclx_py.runtime.cpu import CpuBackend
 from ncclx_py.runtime.devices import Devices, device_types
-from ncclx_py.runtime.gloo import GlooBackend
 from ncclx_py.runtime.local import LocalBackend, guarded
 from ncclx_py.runtime.work import CollectiveWork
 from ncclx_py.watch import triggers
@@ -75,13 +75,12 @@ class GroupBase(_ProcessGroup):
             history=self._history,
         )
 
-    def message(self, op: str, peer: int = -1) -> Call:
+    def message(self, op: str, peer: int = -1, tag: int = 0) -> Call:
         """Opens a message to a peer or from one (-1: any). It is numbered among those of this direction between the two, so
         that the number is the same at both ends."""
         sequence = self._messages.get((op, peer), 0) + 1
-        return Call(
-            op, self._facts.name, self.rank(), self.size(), sequence, history=self._history, message=True, peer=peer
-        )
+        me = self._facts.name, self.rank(), self.size()
+        return Call(op, *me, sequence, history=self._history, message=True, peer=peer, tag=tag)
 
     def start(
         self,
@@ -114,8 +113,9 @@ class GroupBase(_ProcessGroup):
         self._count(call)
         TRACE.scheduled(call, [])
         local = self._local(call, torch.device("cpu"))
+        assert isinstance(local, CpuBackend)
         call.begun()
-        guarded(call, lambda: local.native.monitored_barrier(call.timeout, wait_all_ranks))
+        guarded(call, lambda: local.monitored_barrier(call, wait_all_ranks))
         call.over()
 
     def _count(self, call: Call) -> None:
@@ -245,7 +245,7 @@ class GroupBase(_ProcessGroup):
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """See ``ncclx_py.empty``."""
         local = self._local(self.ask("empty"), torch.device("cpu"))
-        assert isinstance(local, GlooBackend)
+        assert isinstance(local, CpuBackend)
         return local.empty(shape, dtype)
 
     # Life
@@ -274,8 +274,7 @@ class GroupBase(_ProcessGroup):
 
 @atexit.register
 def _leave_all() -> None:
-    """A collective that is still running when Python ends would call back into it, and crash the process. gloo, left to
-    itself, would instead hold the process until the group's timeout."""
+    """A collective that is still running when Python ends would call back into it, and crash the process."""
     seconds = 0.0 if hasattr(sys, "last_value") else GRACE  # set by an uncaught exception: nothing more will be joined
     for group in list(_open_groups):
         group._leave(seconds)

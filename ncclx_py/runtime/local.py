@@ -1,7 +1,7 @@
 """One collective on one device type: staged, started, wrapped.
 
 `LocalBackend` holds everything that CPU and CUDA tensors share: stage the tensors, build the options, start the
-operation, wrap its work. The subclasses in ``gloo.py`` and ``nccl.py`` state what differs, and what carries the
+operation, wrap its work. The subclasses in ``cpu.py`` and ``nccl.py`` state what differs, and what carries the
 collectives: plans (``planned.py``, ``native_plans.py``) or a c10d library itself. Arguments have been checked by the
 caller (``process_group.py``); ranks are group ranks.
 """
@@ -39,31 +39,28 @@ Options = TypeVar("Options")
 
 
 class LocalBackend:
-    """Collectives of `size` ranks of which this is `rank`.
-
-    `native` is a ``c10d::Backend``, which carries point-to-point messages.
-    """
+    """Collectives of `size` ranks of which this is `rank`."""
 
     name: ClassVar[str]
     wire: ClassVar[frozenset[torch.dtype]]
     synchronous_calls_have_futures: ClassVar[bool] = True
 
-    def __init__(self, native: Any, rank: int, size: int) -> None:
-        self.native = native
+    def __init__(self, rank: int, size: int) -> None:
         self.rank = rank
         self.size = size
         self.unended = Unended()
 
-    def natives(self) -> list[Any]:
-        """All c10d backends in use."""
-        return [self.native]
+    # What a subclass decides
+
+    @property
+    def native(self) -> Any:
+        """The ``c10d::Backend`` that torch sees where it asks the group for one."""
+        raise NotImplementedError
 
     @property
     def collectives(self) -> Any:
         """What carries collectives, with the methods of a ``c10d::Backend``."""
-        return self.native
-
-    # What a subclass decides
+        raise NotImplementedError
 
     def recipe(self, op: Any, dtype: torch.dtype) -> Recipe:
         """How this library reduces `dtype` with `op`; raises TypeError where it cannot."""
@@ -87,19 +84,30 @@ class LocalBackend:
         """Starts the library's operations of one call; one work for all of them, None inside a batch of NCCL's."""
         raise NotImplementedError
 
-    def exchange(self, call: Call, launch: Launch, tensor: Tensor, stage: Staging) -> CollectiveWork | None:
-        """Starts one send or receive."""
+    def sparse_sum(self, tensor: Tensor, options: Any) -> Any:
+        """Starts the sum of sparse tensors; its work."""
+        raise NotImplementedError
+
+    def send(self, call: Call, tensor: Tensor, to: int, tag: int) -> CollectiveWork | None:
+        raise NotImplementedError
+
+    def recv(self, call: Call, tensor: Tensor, source: int, tag: int) -> CollectiveWork | None:
+        raise NotImplementedError
+
+    def recv_any_source(self, call: Call, tensor: Tensor, tag: int) -> CollectiveWork | None:
+        raise NotImplementedError
+
+    def set_timeout(self, timeout: timedelta) -> None:
+        """The default of calls from now on."""
         raise NotImplementedError
 
     def shutdown(self) -> None:
-        """Ends the library's groups in good order."""
-        for native in self.natives():
-            native.shutdown()
+        """Ends everything in good order."""
+        raise NotImplementedError
 
     def abort(self) -> None:
-        """Ends them now: whatever runs fails."""
-        for native in self.natives():
-            native.abort()
+        """Ends everything now: whatever runs fails."""
+        raise NotImplementedError
 
     def running(self) -> tuple[Call | None, tuple[int, int, list[int]] | None]:
         """The call that a plan carries out now, and how far it is (``planned.py``); None where that is not known."""
@@ -122,11 +130,6 @@ class LocalBackend:
         """Figures of the connections that carry this rank's data to other hosts (`Fabric.links`). From any thread."""
         return []
 
-    def set_timeout(self, timeout: timedelta) -> None:
-        """The default of calls from now on."""
-        for native in self.natives():
-            native._set_default_timeout(timeout)
-
     def decisions(self) -> list[Decision]:
         """Which plans carried what; empty where none are used."""
         return []
@@ -140,7 +143,7 @@ class LocalBackend:
         stage = Staging(self.wire)
         if tensor.is_sparse:
             options = self.options(AllreduceOptions, call, stage, op)
-            return self.launch(call, [partial(self.native.allreduce, [tensor], options)], [tensor], stage)
+            return self.launch(call, [partial(self.sparse_sum, tensor, options)], [tensor], stage)
         return self.launch(call, [self._all_reduce(call, stage, [tensor], op)], [tensor], stage)
 
     def all_reduce_coalesced(self, call: Call, tensors: list[Tensor], op: Any) -> CollectiveWork | None:
@@ -253,20 +256,6 @@ class LocalBackend:
         if device.index is not None:
             options.device_ids = [device.index]
         return self.launch(call, [partial(self.collectives.barrier, options)], [], stage)
-
-    # Point to point
-
-    def send(self, call: Call, tensor: Tensor, to: int, tag: int) -> CollectiveWork | None:
-        stage = Staging(self.wire)
-        return self.exchange(call, partial(self.native.send, [stage.source(tensor)], to, tag), tensor, stage)
-
-    def recv(self, call: Call, tensor: Tensor, source: int, tag: int) -> CollectiveWork | None:
-        stage = Staging(self.wire)
-        return self.exchange(call, partial(self.native.recv, [stage.target(tensor)], source, tag), tensor, stage)
-
-    def recv_any_source(self, call: Call, tensor: Tensor, tag: int) -> CollectiveWork | None:
-        stage = Staging(self.wire)
-        return self.exchange(call, partial(self.native.recv_anysource, [stage.target(tensor)], tag), tensor, stage)
 
     def _all_reduce(self, call: Call, stage: Staging, tensors: list[Tensor], op: Any) -> Launch:
         recipe = self.recipe(op, tensors[0].dtype)

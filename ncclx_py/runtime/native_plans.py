@@ -36,10 +36,11 @@ from ncclx_py.plans.plan import INTER, Problem, RankPlan, Span, Step
 from ncclx_py.plans.problems import payload
 from ncclx_py.plans.tuner import Choice
 from ncclx_py.plans.verify import verify
-from ncclx_py.runtime.basis import Basis, Membership, agree
+from ncclx_py.runtime.basis import Basis, Membership, agree, says
 from ncclx_py.runtime.choices import Decision, Decisions
-from ncclx_py.runtime.engine import separate, structure
+from ncclx_py.runtime.engine import separate
 from ncclx_py.runtime.reduction import kind
+from ncclx_py.runtime.verified import structure
 from ncclx_py.transport.exchange import exchange
 from ncclx_py.transport.identity import host_id, rail_names
 
@@ -363,11 +364,13 @@ def two_levels(
     """
     if member.size == 1:
         return None
-    hosts = exchange(dist.PrefixStore("hosts/", store), "host", member.rank, member.size, host_id(env), timeout)
+    shared = dist.PrefixStore("plans/", store)
+    hosts = [row[0] for row in exchange(shared, "hosts", member.rank, member.size, [host_id(env)], timeout)]
     if len(set(hosts)) == 1:
         return None
+    said = exchange(shared, "settings", member.rank, member.size, says(member.rank, env, gpus=True), timeout)
     numbers = list(dict.fromkeys(hosts))
     host_of = tuple(numbers.index(host) for host in hosts)
     rails = max(1, len(rail_names(env)))
-    basis = agree(member, dist.PrefixStore("plans/", store), timeout, env, host_of, rails, gpus=True)
+    basis = agree(member, shared, timeout, env, host_of, rails, said)
     return NativePlans(flat, connect, counts, basis, member)

@@ -58,7 +58,8 @@ class NcclBackend(LocalBackend):
     ) -> None:
         """`connect` makes a ProcessGroupNCCL in a name space of the group's store. `levels` is asked at the first
         collective, on all ranks, for what carries them instead; None for NCCL itself."""
-        super().__init__(connect("cuda"), rank, size)
+        super().__init__(rank, size)
+        self._native = connect("cuda")
         self._levels = levels
         self._plans: NativePlans | None = None
         self._collectives: Any = None
@@ -67,6 +68,10 @@ class NcclBackend(LocalBackend):
         self._batch: list[Callable[[], None]] | None = None
         self._calls: list[Call] = []  # of the batch
         self._outputs: list[Any] = []
+
+    @property
+    def native(self) -> Any:
+        return self._native
 
     @property
     def collectives(self) -> Any:
@@ -126,7 +131,16 @@ class NcclBackend(LocalBackend):
         channel = self._channel(downward=source > self.rank)
         return self.exchange(call, partial(channel.recv, [stage.target(tensor)], source, tag), tensor, stage)
 
+    def recv_any_source(self, call: Call, tensor: Tensor, tag: int) -> CollectiveWork | None:
+        stage = Staging(self.wire)
+        launch = partial(self.native.recv_anysource, [stage.target(tensor)], tag)
+        return self.exchange(call, launch, tensor, stage)
+
+    def sparse_sum(self, tensor: Tensor, options: Any) -> Any:
+        return self.native.allreduce([tensor], options)
+
     def exchange(self, call: Call, launch: Launch, tensor: Tensor, stage: Staging) -> CollectiveWork | None:
+        """Starts one send or receive."""
         if self._batch is not None:
             guarded(call, launch)
             self._defer(call, [tensor], stage)
@@ -139,7 +153,20 @@ class NcclBackend(LocalBackend):
         call = self.unended.older_than(max(seconds - _BEFORE, seconds / 2))
         return f"{call} has not ended, and its deadline of {seconds:g} s is near" if call is not None else ""
 
+    def set_timeout(self, timeout: timedelta) -> None:
+        for native in self.natives():
+            native._set_default_timeout(timeout)
+
+    def shutdown(self) -> None:
+        for native in self.natives():
+            native.shutdown()
+
+    def abort(self) -> None:
+        for native in self.natives():
+            native.abort()
+
     def natives(self) -> list[Any]:
+        """All process groups in use."""
         made = [self.native] if self._downward is None else [self.native, self._downward]
         return made if self._plans is None else [*made, *self._plans.natives()]
 

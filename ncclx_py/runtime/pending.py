@@ -1,8 +1,7 @@
 """What the CPU backend may still be running: so that leaving a group, or the process, neither loses it nor waits for ever.
 
 A collective is forgotten when it has been waited for, or at the first call after it completed: nobody needs to wait, and
-nothing piles up. gloo cannot tell whether a send has completed, and drops the message of a send whose handle is gone; a
-send that its caller let go of is therefore held by a thread of its own until it is through.
+nothing piles up. Messages are in the mailbox (``transport/mail.py``).
 """
 
 from __future__ import annotations
@@ -14,13 +13,13 @@ from typing import Any
 
 import torch
 
-from ncclx_py.errors import Call, failure
+from ncclx_py.errors import Call
 
 _POLL = 0.002  # seconds
 
 
 class Unended:
-    """Calls whose library says only when it is asked whether they have ended: NCCL's, and gloo's of sparse tensors.
+    """Calls whose library says only when it is asked whether they have ended: NCCL's.
 
     They end in the order in which they were started. Nothing is asked while a CUDA graph is captured.
     """
@@ -59,7 +58,6 @@ class Pending:
 
     def __init__(self) -> None:
         self._works: set[Any] = set()
-        self._sends: set[threading.Thread] = set()
         self._lock = threading.Lock()
 
     def add(self, work: Any) -> None:
@@ -74,17 +72,10 @@ class Pending:
         with self._lock:
             self._works.discard(work)
 
-    def hold_send(self, call: Call, native: Any) -> None:
-        """Keeps a send alive that its caller has let go of, until it is through or the group's timeout ends it."""
-        thread = threading.Thread(target=_finish_send, args=(call, native), name="ncclx-send", daemon=True)
-        with self._lock:
-            self._sends = {known for known in self._sends if known.is_alive()} | {thread}
-        thread.start()
-
     def empty(self) -> bool:
         with self._lock:
-            works, sends = list(self._works), list(self._sends)
-        return all(work.is_completed() for work in works) and not any(thread.is_alive() for thread in sends)
+            works = list(self._works)
+        return all(work.is_completed() for work in works)
 
     def drain(self, seconds: float) -> bool:
         """Waits until nothing is left; False when `seconds` pass first."""
@@ -94,12 +85,3 @@ class Pending:
                 return False
             time.sleep(_POLL)
         return True
-
-
-def _finish_send(call: Call, native: Any) -> None:
-    try:
-        native.wait()
-    except RuntimeError as error:
-        failure(call, error)  # gloo has closed the connections of the group; every later call on it says so
-    else:
-        call.over()

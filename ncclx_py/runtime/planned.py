@@ -1,6 +1,6 @@
 """`PlannedNative`: collectives of CPU tensors by plans, behind the methods of a c10d backend.
 
-``local.py`` calls it as it calls gloo or NCCL: flat contiguous buffers and c10d's options in, a work out. Each call
+``local.py`` calls it as it calls NCCL: flat contiguous buffers and c10d's options in, a work out. Each call
 becomes a job of the group's progress thread; the engine chooses and runs the plan there. `Alone` is the same for a group
 of one rank, where every collective is a copy at most.
 """
@@ -19,11 +19,12 @@ from torch import Tensor
 
 from ncclx_py.errors import Call, CollectiveError
 from ncclx_py.plans.plan import Problem
-from ncclx_py.runtime.basis import Membership, agree
+from ncclx_py.runtime.basis import Membership, agree, says
 from ncclx_py.runtime.choices import Decision
 from ncclx_py.runtime.engine import Engine, Request
 from ncclx_py.runtime.progress import Job, Progress
 from ncclx_py.runtime.reduction import kind
+from ncclx_py.runtime.sparse import sum_sparse
 from ncclx_py.transport.executor import Executor
 from ncclx_py.transport.fabric import Fabric
 
@@ -61,6 +62,7 @@ class PlannedNative:
     def abort(self, reason: str) -> None:
         """Ends what runs and what waits to run, here and on the other ranks, and lets go of everything."""
         self.fabric.abort(reason)
+        self.fabric.mail.close(reason)
         self.close(f"{reason}. Make a new group")
 
     def close(self, reason: str) -> None:
@@ -74,6 +76,24 @@ class PlannedNative:
         data = tensors[0]
         problem = Problem("all_reduce", self._size, data.numel())
         return self._start("all_reduce", problem, {"data": data}, options, kind(options.reduceOp))
+
+    def allreduce_sparse(self, tensors: list[Tensor], options: Any) -> Job:
+        """Raises TypeError for anything but a sum."""
+        if kind(options.reduceOp) != kind(dist.ReduceOp.SUM):
+            raise TypeError(f"Sparse tensors can only be summed, not reduced with {options.reduceOp}.")
+        seconds = self._seconds(options)
+
+        def gather(part: Tensor, counts: tuple[int, ...], job: Job) -> Tensor:
+            landing = part.new_empty(sum(counts))
+            problem = Problem("all_gather", self._size, counts=counts)
+            buffers = {"input": part, "output": landing}
+            self._engine.run(Request("all_reduce of sparse", problem, buffers, seconds=seconds), job)
+            return landing
+
+        def run(job: Job) -> None:
+            sum_sparse(tensors[0], self._size, lambda part, counts: gather(part, counts, job))
+
+        return self._progress.start(run, inline=not options.asyncOp, call=self.asking.call)
 
     def reduce(self, tensors: list[Tensor], options: Any) -> Job:
         """The result is in the root's tensor; the others' are left alone."""
@@ -208,9 +228,9 @@ def connect(store: Any, member: Membership, timeout: Callable[[], timedelta]) ->
     """Joins all ranks of a group of two or more; every rank must call it. `timeout` is asked for the group's default,
     now and at each call. Raises CollectiveError when somebody is missing, or the ranks do not agree."""
     shared = dist.PrefixStore("plans/", store)
-    fabric = Fabric.connect(shared, member.rank, member.size, timeout())
+    fabric = Fabric.connect(shared, member.rank, member.size, timeout(), says(member.rank, os.environ))
     try:
-        basis = agree(member, shared, timeout(), os.environ, fabric.host_of, fabric.rails)
+        basis = agree(member, shared, timeout(), os.environ, fabric.host_of, fabric.rails, fabric.said)
         return PlannedNative(Engine(Executor(fabric), basis, member), fabric, member.group, timeout)
     except BaseException:
         fabric.close()
@@ -223,7 +243,7 @@ class Alone:
     def allreduce(self, tensors: list[Tensor], options: Any) -> Job:
         return _DONE
 
-    reduce = broadcast = allreduce
+    reduce = broadcast = allreduce_sparse = allreduce
 
     def barrier(self, options: Any) -> Job:
         return _DONE

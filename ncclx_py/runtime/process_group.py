@@ -194,30 +194,33 @@ class NcclxProcessGroup(GroupBase):
         return self.start(call, device, lambda local: local.barrier(call, device))
 
     def monitored_barrier(self, timeout: timedelta | None = None, wait_all_ranks: bool = False) -> None:
-        """A barrier over gloo that names the ranks that did not come; rank 0 collects the answers."""
+        """A barrier that names the ranks that did not come; rank 0 collects the answers (``monitored.py``)."""
         call = self.ask("monitored_barrier", None, timeout)
         self.monitored(call, wait_all_ranks)
 
     # Point to point
 
     def send(self, tensors: Tensors, to: int, tag: int = 0) -> Result:
-        call = self.message("send", to)
+        call = self.message("send", to, tag)
         tensor = check.one(call, _listed(tensors))
         check.dense(call, tensor)
         check.peer(call, to, "destination")
+        check.tag(call, tag)
         return self.start(call, tensor, lambda local: local.send(call, tensor, to, tag), [])
 
     def recv(self, tensors: Tensors, source: int, tag: int = 0) -> Result:
-        call = self.message("recv", source)
+        call = self.message("recv", source, tag)
         tensor = check.one(call, _listed(tensors))
         check.dense(call, tensor)
         check.peer(call, source, "source")
+        check.tag(call, tag)
         return self.start(call, tensor, lambda local: local.recv(call, tensor, source, tag))
 
     def recv_anysource(self, tensors: Tensors, tag: int = 0) -> Result:
-        call = self.message("recv_any_source")
+        call = self.message("recv_any_source", tag=tag)
         tensor = check.one(call, _listed(tensors))
         check.dense(call, tensor)
+        check.tag(call, tag)
         return self.start(call, tensor, lambda local: local.recv_any_source(call, tensor, tag))
 
     # Parts

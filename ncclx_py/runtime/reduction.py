@@ -85,7 +85,7 @@ def gloo_recipe(op: Any, dtype: torch.dtype, size: int) -> Recipe:
 def _plain_gloo_recipe(what: Any, dtype: torch.dtype, size: int) -> Recipe:
     _refuse(what, dtype)
     if dtype == torch.bool:
-        return Recipe(_BOOL_AS_BYTES.get(what, what))  # gloo.py leaves bool out of `wire`: it travels as bytes
+        return Recipe(_BOOL_AS_BYTES.get(what, what))  # cpu.py leaves bool out of `wire`: it travels as bytes
     carrier = _WIDER.get(dtype)
     if what == ReduceOp.AVG:
         return Recipe(ReduceOp.SUM, carrier, divisor=size if size > 1 else None)

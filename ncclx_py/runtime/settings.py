@@ -21,6 +21,7 @@ import torch
 
 _VERIFY = ("first", "always", "never")
 _FLAGS = ("", "0", "1")
+_FILES = ("NCCLX_PLAN", "NCCLX_TOPOLOGY", "NCCLX_TABLE", "NCCLX_RULES", "NCCLX_ALGO")
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,24 @@ def read_settings(env: Mapping[str, str]) -> Settings:
     return Settings(verify, env.get("NCCLX_PLAN", ""), env.get("NCCLX_LOG") == "1", deterministic)
 
 
-def shared_part(settings: Settings, tuner_digest: str) -> dict[str, str]:
-    """What must be equal on all ranks, by the name of the variable that decides it."""
+def files_named(env: Mapping[str, str]) -> dict[str, str]:
+    """Which of the variables that name files, or rules, are set: "set" or "", by name."""
+    return {name: "set" if env.get(name) else "" for name in _FILES}
+
+
+def told_first(settings: Settings, env: Mapping[str, str]) -> dict[str, str]:
+    """What must be equal on all ranks and is known before any file is read, by the name of the variable that decides it."""
     return {
         "NCCLX_VERIFY": settings.verify,
-        "NCCLX_PLAN": _content(settings.plan),
         "NCCLX_DETERMINISTIC": str(int(settings.deterministic)),
+        **files_named(env),
+    }
+
+
+def told_of_files(settings: Settings, tuner_digest: str) -> dict[str, str]:
+    """The same of what files and rules come to."""
+    return {
+        "NCCLX_PLAN": _content(settings.plan),
         "NCCLX_TOPOLOGY, NCCLX_TABLE, NCCLX_RULES or NCCLX_ALGO": hashlib.blake2b(
             tuner_digest.encode(), digest_size=8
         ).hexdigest(),

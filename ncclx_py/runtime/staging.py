@@ -100,6 +100,8 @@ def plain(tensor: Tensor) -> Tensor:
         return torch.empty(0, dtype=flat.dtype, device=flat.device)
     if not is_plain(flat):
         flat = flat.resolve_conj().resolve_neg().contiguous()
+    if flat.numel() == 1:  # is contiguous whatever its stride, which no dtype view accepts
+        return flat.as_strided((1,), (1,))
     return flat.view(-1)
 
 

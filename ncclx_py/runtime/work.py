@@ -12,7 +12,6 @@ drops the handle loses nothing. On CUDA the callback runs on a stream that torch
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -26,6 +25,7 @@ from torch.futures import Future
 from ncclx_py.errors import Call, failure, overdue
 from ncclx_py.runtime.pending import Pending
 from ncclx_py.runtime.progress import Job
+from ncclx_py.transport.letters import Letter
 
 Finish = Callable[[], None]
 
@@ -123,49 +123,16 @@ class CollectiveWork(_Work):
         return self.source_rank()
 
 
-class PeerWork(CollectiveWork):
-    """Handle of a send or a receive over gloo.
+class MessageWork(CollectiveWork):
+    """Handle of a send or a receive of CPU tensors. A message whose handle is dropped goes on all the same."""
 
-    gloo gives such work neither a future nor a completion callback, so `finish` runs in the first `wait`, and a future
-    costs a thread. A wait that passes its `timeout` ends the whole group: gloo then closes all connections. A receive
-    that nobody waits for has no defined result, in torch as here; a send is delivered all the same.
-    """
-
-    _send_to_hold: Pending | None = None
-
-    def __init__(
-        self, call: Call, native: Any, tensor: torch.Tensor, finish: Finish | None, pending: Pending, sends: bool
-    ) -> None:
-        super().__init__(call, [native], [tensor])
-        self._finish = finish
-        self._lock = threading.Lock()
-        self._send_to_hold = pending if sends else None
-
-    def __del__(self) -> None:
-        if self._send_to_hold is not None:
-            self._send_to_hold.hold_send(self._call, self._natives[0])
-
-    def wait(self, timeout: timedelta | None = None) -> bool:
-        self._send_to_hold = None
-        self._wait_natives(timeout)
-        if not self._call.finished_ns:
-            self._call.over()
-        with self._lock:
-            finish, self._finish = self._finish, None
-            if finish is not None:
-                finish()
-        return True
+    def __init__(self, call: Call, letter: Letter, tensor: torch.Tensor, finish: Finish | None) -> None:
+        super().__init__(call, [letter], [tensor], finish)
+        self._letter = letter
 
     def get_future(self) -> Future[Any]:
-        if self._future is None:
-            gate: Future[None] = Future()
-            self._future = gate.then(lambda _: self.wait() and self._outputs)
-            threading.Thread(target=gate.set_result, args=(None,), daemon=True).start()
-        return self._future
-
-    def is_completed(self) -> bool:
-        """Whether it is known to have completed; gloo tells only those who wait."""
-        return self._natives[0].is_completed()
+        self._letter.limit()  # who waits for a future has no deadline of their own
+        return super().get_future()
 
 
 def _wait_all(natives: Sequence[Any], timeout: timedelta | None) -> None:
@@ -192,7 +159,7 @@ def _complete(
 ) -> list[Any]:
     try:
         for native, future in parts:
-            if isinstance(native, Job):
+            if isinstance(native, Job | Letter):
                 native.wait()
             else:
                 future.value()

@@ -16,60 +16,43 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from ncclx_py.bench.settings import sizes_between
+from ncclx_py.launch.shape import CONGESTION
 from ncclx_py.simulate.cluster import Cluster
 from ncclx_py.simulate.machine import Machine
-from ncclx_py.simulate.measured import Bench, Hosts, Links, plan_of
+from ncclx_py.simulate.measured import Bench, plan_of
+from ncclx_py.simulate.recorded import Recorded, read, together
 from ncclx_py.simulate.score import Point, Summary, as_text, summarise
 from ncclx_py.simulate.shared import call_seconds
 from ncclx_py.units import parse_size
 
-_CONGESTION = Path("/proc/sys/net/ipv4/tcp_congestion_control")
+_OF_THE_MACHINE = Path("/proc/sys/net/ipv4/tcp_congestion_control")
 _LOUD = 0.1  # share of the processors
 
 
-@dataclass(frozen=True)
-class Recorded:
-    """All that was measured: `hosts` by shape, `links` by cluster; `others` is the share of the processors that others took."""
-
-    congestion: str
-    others: float
-    hosts: dict[str, Hosts] = field(default_factory=dict)
-    links: dict[str, Links] = field(default_factory=dict)
-    points: tuple[Point, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "congestion_control": self.congestion,
-            "others": self.others,
-            "hosts": {name: one.to_json() for name, one in self.hosts.items()},
-            "links": {name: asdict(one) for name, one in self.links.items()},
-            "points": [asdict(point) for point in self.points],
-        }
-
-
 def measure(args: argparse.Namespace, sizes: Sequence[int]) -> Recorded:
-    """Raises RuntimeError when a job on the emulated hosts fails."""
-    congestion = None if args.congestion == "host" else args.congestion
-    hosts, links, points = {}, {}, []
+    """All of it `args.runs` times, one after the other. Raises RuntimeError when a job on the emulated hosts fails."""
+    used = _OF_THE_MACHINE.read_text(encoding="utf-8").strip() if args.congestion == "host" else args.congestion
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(congestion, Path(folder))
-        for shape in args.shapes.split(","):
-            _say(f"{shape}: calls between links that are not shaped")
-            hosts[shape] = bench.machine(shape)
-            for rate in args.rates.split(","):
-                name = f"{shape} {rate}"
-                _say(f"{name}: streams")
-                links[name] = bench.cluster(shape, rate)
-                _say(f"{name}: algorithms")
-                points += bench.points(shape, rate, args.collectives.split(","), sizes, args.iters)
-        others = bench.others()
-    used = congestion or _CONGESTION.read_text(encoding="utf-8").strip()
-    return Recorded(used, others, hosts, links, tuple(points))
+        return together([_run(args, sizes, Bench(args.congestion, Path(folder)), used) for _ in range(args.runs)])
+
+
+def _run(args: argparse.Namespace, sizes: Sequence[int], bench: Bench, congestion: str) -> Recorded:
+    hosts, links, points = {}, {}, []
+    for shape in args.shapes.split(","):
+        _say(f"{shape}: calls between links that are not shaped")
+        hosts[shape] = bench.machine(shape)
+        for rate in args.rates.split(","):
+            name = f"{shape} {rate}"
+            _say(f"{name}: streams")
+            links[name] = bench.cluster(shape, rate)
+            _say(f"{name}: algorithms")
+            points += bench.points(shape, rate, args.collectives.split(","), sizes, args.iters)
+    return Recorded(congestion, bench.others(), hosts, links, tuple(points))
 
 
 def _say(what: str) -> None:
@@ -86,48 +69,6 @@ def predict(recorded: Recorded) -> tuple[dict[str, Machine], tuple[Point, ...]]:
         seconds = call_seconds(plan_of(point, topology), 4, Cluster(topology), machine)
         points.append(replace(point, predicted_s=seconds))
     return machines, tuple(points)
-
-
-def read(files: Sequence[Path]) -> Recorded:
-    """What files of ``--json`` hold, as one. Raises ValueError where one is none."""
-    parts = [_read(path) for path in files]
-    if len({part.congestion for part in parts}) > 1:
-        raise ValueError(f"--replay: {', '.join(map(str, files))} were measured with different congestion controls.")
-    hosts: dict[str, Hosts] = {}
-    for part in parts:
-        for shape, one in part.hosts.items():
-            known = hosts.get(shape)
-            hosts[shape] = one if known is None else known.with_calls_of(one)
-    return Recorded(
-        parts[0].congestion,
-        max(part.others for part in parts),
-        hosts,
-        {name: one for part in parts for name, one in part.links.items()},
-        tuple(point for part in parts for point in part.points),
-    )
-
-
-def _read(path: Path) -> Recorded:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        points = tuple(Point(**{**one, "samples": tuple(one["samples"])}) for one in found["points"])
-        if not points:
-            raise ValueError(f"--replay {path} holds no points: measure again.")
-        hosts = {name: Hosts.from_json(one) for name, one in found["hosts"].items()}
-        links = {name: Links.from_json(one) for name, one in found["links"].items()}
-        if (
-            not {point.cluster for point in points} <= links.keys()
-            or not {one.hosts for one in links.values()} <= hosts.keys()
-        ):
-            raise KeyError("links or hosts of a point")
-        return Recorded(str(found["congestion_control"]), float(found["others"]), hosts, links, points)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"--replay {path} cannot be read: {error}.") from error
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"--replay {path} is not what --json writes (with the probed hosts): {error!r} is missing or wrong. "
-            "Measure again."
-        ) from error
 
 
 def _write(path: Path | None, found: dict[str, Any]) -> None:
@@ -169,12 +110,19 @@ def _arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Sequence
     )
     parser.add_argument("--collectives", default="all_reduce,all_to_all", metavar="C,…")
     parser.add_argument("--sizes", default="64KiB,4MiB,8", metavar="FIRST,LAST,FACTOR", help="default 64KiB,4MiB,8")
-    parser.add_argument("--iters", type=int, default=9, metavar="N", help="samples of each point (default 9)")
+    parser.add_argument("--iters", type=int, default=9, metavar="N", help="samples of each point and run (default 9)")
+    parser.add_argument(
+        "--runs",
+        type=int,
+        default=2,
+        metavar="N",
+        help="complete measurements, which are compared with each other (default 2)",
+    )
     parser.add_argument(
         "--congestion",
-        default="reno",
+        default=CONGESTION,
         metavar="NAME",
-        help="TCP's congestion control on the hosts; host: this machine's own (default reno, which every Linux has)",
+        help=f"TCP's congestion control on the hosts; host: this machine's own (default {CONGESTION})",
     )
     parser.add_argument(
         "--replay", type=Path, nargs="+", metavar="FILE", help="measure nothing: predict what files of --json recorded"
@@ -186,6 +134,8 @@ def _arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Sequence
         parser.error(f"--sizes {args.sizes}: give first, last and factor, as in 64KiB,4MiB,8.")
     if args.iters < 1:
         parser.error(f"--iters {args.iters}: at least one.")
+    if args.runs < 1:
+        parser.error(f"--runs {args.runs}: at least one.")
     try:
         return args, sizes_between(parse_size(sizes[0]), parse_size(sizes[1]), float(sizes[2]))
     except ValueError as error:

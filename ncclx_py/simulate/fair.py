@@ -18,7 +18,7 @@ _FREE = 1e15  # units per second of a flow that nothing holds back
 
 
 class FairFlows:
-    """Stands in for `flows.Flows`; `shaped` says which pipes have a bucket of `burst` units, at first `full` or empty.
+    """Stands in for `flows.Flows`; `shaped` says which pipes have a bucket of `burst` units, full at first.
 
     Those carry a part of their capacity while several flows share them: `sharing` is (flows, share), fewest flows first.
     """
@@ -30,7 +30,6 @@ class FairFlows:
         grain: float,
         shaped: NDArray[np.bool_],
         burst: float,
-        full: bool,
         sharing: tuple[tuple[int, float], ...] = (),
     ) -> None:
         self.bytes = np.zeros(len(capacity))
@@ -38,7 +37,7 @@ class FairFlows:
         self._shaped = shaped
         self._sharing = (np.log([count for count, _ in sharing]), np.array([share for _, share in sharing]))
         self._bucketed, self._burst = shaped & (burst > 0), burst
-        self._level = np.where(self._bucketed & full, burst, 0.0)
+        self._level = np.where(self._bucketed, burst, 0.0)
         self._use = np.zeros(len(capacity))
         self._empties = np.full(len(capacity), np.inf)
         self._now = 0.0

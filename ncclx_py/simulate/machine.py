@@ -12,6 +12,7 @@ class Machine:
     `copy` of a byte copied; `wire` of a byte between hosts (both ends and the links). `burst` bytes pass a NIC at once after
     it was idle, as its shaper lets them. `sharing` says what a NIC carries while several streams share it: (streams, share of
     its bandwidth), fewest first; between them it is interpolated over the logarithm of the number. Empty: always all of it.
+    `spread` says how unevenly they share it: the standard deviation of the logarithm of a stream's part.
     """
 
     cores: int
@@ -23,3 +24,4 @@ class Machine:
     wire: float
     burst: float = 0.0
     sharing: tuple[tuple[int, float], ...] = ()
+    spread: float = 0.0

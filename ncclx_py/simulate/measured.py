@@ -13,10 +13,11 @@ from __future__ import annotations
 import json
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ BURST = 128 << 10  # bytes
 _SECONDS = 1800.0  # for one job
 _COLLECTIVES = ("all_reduce", "all_to_all")  # that the machine is calibrated with
 _SIZES = (16 << 10, 128 << 10, 1 << 20)
-_ITERS = 5
+_ITERS = 9
 _ALL = 20.0  # an algorithm that is predicted so many times slower than the best is not timed
 _HOPELESS = 4.0
 _TICK = os.sysconf("SC_CLK_TCK")
@@ -56,12 +57,7 @@ class Hosts:
 
     def with_calls_of(self, other: Hosts) -> Hosts:
         """The same hosts, with the samples of both measurements of each call."""
-        found: dict[Any, Point] = {}
-        for call in (*self.calls, *other.calls):
-            key = call.collective, call.bytes, call.algorithm, *sorted(call.parameters.items())
-            known = found.get(key)
-            found[key] = call if known is None else replace(call, samples=known.samples + call.samples)
-        return replace(self, calls=tuple(found.values()))
+        return replace(self, calls=merged((*self.calls, *other.calls)))
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -75,30 +71,56 @@ class Hosts:
         known = found["topology"]
         links = Link(**known["intra"]), Link(**known["inter"])
         topology = Topology(tuple(known["host_of"]), known["rails"], *links, tuple(map(tuple, known["nics"])))
-        return cls(topology, int(found["cores"]), tuple(Point(**call) for call in found["calls"]))
+        return cls(topology, int(found["cores"]), tuple(map(point_from_json, found["calls"])))
 
 
 @dataclass(frozen=True)
 class Links:
-    """What was measured of shaped links: (streams per NIC, bytes per second of a NIC), fewest streams first."""
+    """What was measured of shaped links (bench/sharing.py): (streams per NIC, bytes per second of a NIC), fewest streams first,
+    and how unevenly streams share one."""
 
     hosts: str
     burst: int
     carried: tuple[tuple[int, float], ...]
+    spread: float
 
     def between(self, topology: Topology, machine: Machine) -> tuple[Topology, Machine]:
         """Those hosts and that machine with these links."""
         whole = self.carried[0][1]
         sharing = tuple((streams, min(1.0, rate / whole)) for streams, rate in self.carried)
         inter = replace(topology.inter, bandwidth=whole)
-        return replace(topology, inter=inter, nics=()), replace(machine, burst=float(self.burst), sharing=sharing)
+        shaped = replace(machine, burst=float(self.burst), sharing=sharing, spread=self.spread)
+        return replace(topology, inter=inter, nics=()), shaped
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> Links:
         carried = tuple((int(streams), float(rate)) for streams, rate in found["carried"])
         if not carried:
             raise KeyError("carried")
-        return cls(found["hosts"], int(found["burst"]), carried)
+        return cls(found["hosts"], int(found["burst"]), carried, float(found["spread"]))
+
+
+def mean_rates(several: Sequence[Links]) -> Links:
+    """The same links, with the mean of what each measurement found. KeyError where they are not the same links."""
+    if len({(links.hosts, links.burst, tuple(streams for streams, _ in links.carried)) for links in several}) > 1:
+        raise KeyError("links")
+    rates = zip(*([rate for _, rate in links.carried] for links in several))
+    streams = [count for count, _ in several[0].carried]
+    spread = statistics.fmean(links.spread for links in several)
+    return replace(several[0], carried=tuple(zip(streams, map(statistics.fmean, rates))), spread=spread)
+
+
+def merged(points: Iterable[Point]) -> tuple[Point, ...]:
+    """Each point once, with all of its runs."""
+    found: dict[object, Point] = {}
+    for point in points:
+        known = found.get(point.key)
+        found[point.key] = point if known is None else replace(known, runs=known.runs + point.runs)
+    return tuple(found.values())
+
+
+def point_from_json(found: dict[str, Any]) -> Point:
+    return Point(**{**found, "runs": tuple(map(tuple, found["runs"]))})
 
 
 def plan_of(point: Point, topology: Topology) -> Plan:
@@ -107,9 +129,9 @@ def plan_of(point: Point, topology: Topology) -> Plan:
 
 
 class Bench:
-    """Jobs on emulated hosts whose TCP uses `congestion` (None: the machine's own), with files in `folder`."""
+    """Jobs on emulated hosts whose TCP uses `congestion` (as ``ncclx launch emulate`` takes it), with files in `folder`."""
 
-    def __init__(self, congestion: str | None, folder: Path) -> None:
+    def __init__(self, congestion: str, folder: Path) -> None:
         self._congestion, self._folder = congestion, folder
         self._began, self._busy = time.monotonic(), _busy()
         self._ours = _children()
@@ -127,8 +149,7 @@ class Bench:
         """Raises RuntimeError when a job fails."""
         file = self._folder / "carried.json"
         self._run(shape, rate, ["-m", "ncclx_py.bench.sharing", str(file)])
-        carried = json.loads(file.read_text(encoding="utf-8"))
-        return Links(shape, BURST, tuple((streams, rate) for streams, rate in carried))
+        return Links.from_json({"hosts": shape, "burst": BURST, **json.loads(file.read_text(encoding="utf-8"))})
 
     def points(
         self, shape: str, rate: str, collectives: Sequence[str], sizes: Sequence[int], iters: int
@@ -156,12 +177,12 @@ class Bench:
         self._run(shape, rate, ["-m", "ncclx_py.bench.contests", str(file), *what])
         name = shape if rate is None else f"{shape} {rate}"
         rows = json.loads(file.read_text(encoding="utf-8"))
-        return [Point(cluster=name, **{**row, "samples": tuple(row["samples"])}) for row in rows]
+        return [Point(cluster=name, runs=(tuple(row.pop("samples")),), **row) for row in rows]
 
     def _run(self, shape: str, rate: str | None, words: Sequence[str]) -> None:
         launch = [sys.executable, "-m", "ncclx_py", "launch", "emulate", shape]
         launch += ["--rate", rate, "--burst", str(BURST)] if rate is not None else []
-        launch += ["--congestion", self._congestion] if self._congestion is not None else []
+        launch += ["--congestion", self._congestion]
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
             [*launch, "--", *words], env=env, capture_output=True, text=True, timeout=_SECONDS, check=False

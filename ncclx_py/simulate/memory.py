@@ -41,7 +41,7 @@ class MemoryFigures:
             1e9 / 100_000, "byte per rank", PUBLISHED, "over 1 GB of GPU memory at 100k; lazy keeps it elsewhere"
         )
     )
-    known_rank: Figure = field(default=Figure(531, "byte", MEASURED, "tracemalloc over 20,000 cards of ranks"))
+    known_rank: Figure = field(default=Figure(390, "byte", MEASURED, "tracemalloc over 20,000 cards of ranks"))
     gloo_pair: Figure = field(
         default=Figure(
             3500, "byte", MEASURED, "resident memory of 48 gloo groups of 48 in one process, less 2 of 2, per pair"

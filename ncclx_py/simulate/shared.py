@@ -5,12 +5,14 @@
 Each rank has one thread, which does one thing after another; `machine.cores` of them run at a time, and share them evenly when
 there are more. A message costs its sender and its receiver a part of a core, and more where the receiver slept; so do bytes
 between hosts, and copies (a message inside a host is copied by its sender, where the neighbours cannot read it in place, and
-again by its receiver). Shaped NICs let a burst pass, and lose a part where many streams share them. Calls are played as they
-are measured: some in a row, after one that does not count.
+again by its receiver). Shaped NICs let a burst pass, and lose a part where many streams share them, unevenly. Calls are played
+as they are timed: some in a row, after one that does not count, each rank by its own clock; the slowest counts.
 """
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,36 +28,47 @@ from ncclx_py.simulate.machine import Machine
 from ncclx_py.simulate.schedule import Floats, Ints, Schedule, from_plan
 from ncclx_py.simulate.wiring import Wiring
 
-_IN_A_ROW = 2  # calls that are played after the first: from then on they are alike
-_LONG = 0.3  # seconds of a call that is timed alone (bench/timing.py)
-_ALONE = 0.5  # of that: where calls in a row take less, one alone is not long either
+_IN_A_ROW, _ALIKE = 8, 2  # calls that are played after the first: then they are alike; and where links have no burst
+_SAMPLE_SECONDS, _MOST_INNER, _LONG = 0.05, 50, 0.3  # as in bench/timing.py
+_DRAWS = 3  # of what streams hold on to: for calls that are timed one by one
 _CALL_LANE = -1
 _NOTHING = Span("scratch", 0, 0)
 _WIRE, _POST, _TAKE, _PULL, _COPY = range(5)  # what a flow stands for: its owner is step + steps × this
 
 
 def call_seconds(plan: Plan, itemsize: int, cluster: Cluster, machine: Machine) -> float:
-    """Seconds of one call of several in a row, on the slowest rank. Raises ValueError where the plan cannot be played."""
-    ends = _play(plan, itemsize, cluster, machine, 1 + _IN_A_ROW)
-    each = float((ends[-1] - ends[0]) / _IN_A_ROW)
-    if each < _ALONE * _LONG:
-        return each
-    (alone,) = _play(plan, itemsize, cluster, machine, 1)
-    return float(alone) if alone >= _LONG else each
+    """Seconds of a call as it is timed (bench/timing.py). Raises ValueError where the plan cannot be played."""
+    draws = range(_DRAWS if machine.spread else 1)
+    alone = statistics.fmean(float(_play(plan, itemsize, cluster, machine, 1, draw).max()) for draw in draws)
+    if alone >= _LONG:
+        return alone
+    calls = max(1, min(_MOST_INNER, math.ceil(_SAMPLE_SECONDS / max(alone, INSTANT))))
+    played = min(calls, _IN_A_ROW if machine.burst else _ALIKE)
+    rows = (_play(plan, itemsize, cluster, machine, 1 + played, draw) for draw in (draws if played == 1 else draws[:1]))
+    return statistics.fmean(_timed(ends, calls, played) for ends in rows)
 
 
-def _play(plan: Plan, itemsize: int, cluster: Cluster, machine: Machine, times: int) -> Floats:
-    """When the slowest rank ends each of so many calls in a row."""
+def _timed(ends: Floats, calls: int, played: int) -> float:
+    """The mean of `calls` calls after the first, of which `played` were played; those that were not are like the last."""
+    # A rank's clock starts when it is through with the first call: who is through early waits longest.
+    slowest = (ends[:, -1] - ends[:, 0]).max()
+    half = (played + 1) // 2
+    others = (ends[:, -1].max() - ends[:, -1 - half].max()) / half
+    return float(slowest + (calls - played) * others) / calls
+
+
+def _play(plan: Plan, itemsize: int, cluster: Cluster, machine: Machine, times: int, draw: int) -> Floats:
+    """When each rank ends each of so many calls in a row: `[rank, call]`; `draw` says which streams are the quick ones."""
     row = in_a_row(plan, times, cluster)
     schedule = from_plan(row, itemsize)
-    player = SharedPlayer(schedule, cluster, machine, work_at_start(row, itemsize, cluster, machine), times == 1)
+    player = SharedPlayer(schedule, cluster, machine, work_at_start(row, itemsize, cluster, machine), draw)
     ended = player.run().ended
-    found = np.zeros(times)
+    found = np.zeros((len(row.ranks), times))
     for rank, ranked in enumerate(row.ranks):
         calls = np.cumsum([step.lane == _CALL_LANE for step in ranked.steps]) - 1
         own = ended[int(schedule.base[rank]) : int(schedule.base[rank]) + len(ranked.steps)]
         waited = np.array([step.op != "send" for step in ranked.steps])
-        np.maximum.at(found, calls[waited], own[waited])
+        np.maximum.at(found[rank], calls[waited], own[waited])
     return found
 
 
@@ -110,9 +123,9 @@ def _overlap(one: Span, other: Span) -> bool:
 
 
 class SharedPlayer(Player):
-    """`work` as from `work_at_start`; `rested` says that NICs have their burst at the start, as after a pause."""
+    """`work` as from `work_at_start`. NICs have their burst at the start, as after a pause."""
 
-    def __init__(self, schedule: Schedule, cluster: Cluster, machine: Machine, work: Floats, rested: bool) -> None:
+    def __init__(self, schedule: Schedule, cluster: Cluster, machine: Machine, work: Floats, draw: int = 0) -> None:
         topology = cluster.topology  # ports and memory are what cores copy
         free = replace(topology, intra=Link(topology.intra.alpha, np.inf), memory=0.0, gamma=0.0)
         links = Wiring(replace(cluster, topology=free), schedule)
@@ -123,7 +136,8 @@ class SharedPlayer(Player):
         capacity = np.concatenate([links.capacity, np.ones(ranks), [float(machine.cores)]])
         shaped = np.zeros(len(capacity), np.bool_)
         shaped[: links.unlimited] = [" NIC " in links.name(pipe) for pipe in range(links.unlimited)]
-        self.fair = FairFlows(capacity, links.width + 3, INSTANT, shaped, machine.burst, rested, machine.sharing)
+        self._chance = np.random.default_rng(draw)  # which stream is quick changes from message to message
+        self.fair = FairFlows(capacity, links.width + 3, INSTANT, shaped, machine.burst, machine.sharing)
         self.flows = self.fair  # type: ignore[assignment]
         self._jobs: list[deque[tuple[int, float]]] = [deque() for _ in range(ranks)]
         self._active = np.zeros(ranks, np.bool_)
@@ -169,7 +183,11 @@ class SharedPlayer(Player):
         pipes[:, -1] = self._cores
         uses = np.ones(pipes.shape)
         uses[:, -3:] = wire / 2, wire / 2, wire
-        self.fair.open(sends, pipes, uses, np.full(len(sends), 1 / wire), size)
+        self.fair.open(sends, pipes, uses, self._holds(len(sends)) / wire, size)
+
+    def _holds(self, streams: int) -> Floats:
+        """What each stream gets of a NIC that it shares, beside others."""
+        return np.exp(self.machine.spread * self._chance.standard_normal(streams))
 
     def _meet(self, sends: Ints) -> None:
         if len(sends):

@@ -4,10 +4,10 @@
     start.seconds, start.requests_per_rank, start.connections_per_rank
     published_starts()                     # NCCL and NCCLX as published, beside a model with three fitted figures
 
-`predict_start` is of this backend. Eager: in every group, each rank reads the card of every other (size² values in all) and
-connects to every other, as gloo does. Lazy: one exchange of cards, one of device facts, one of settings, each three requests a
-rank to the store (transport/exchange.py), no connection, and sub-groups when they are first used. Requests are served one after
-the other by one store. Imports, CUDA contexts and the rendezvous itself are not counted.
+`predict_start` is of this backend. Lazy, which is what it does: one exchange of cards, with device facts and settings, of three
+requests a rank to the store (transport/exchange.py), no connection, and sub-groups when they are first used. Eager, which it does
+not do: in every group, each rank reads the card of every other (size² values in all) and connects to every other, as gloo does.
+Requests are served one after the other by one store. Imports, CUDA contexts and the rendezvous itself are not counted.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from typing import NamedTuple
 
 from ncclx_py.simulate.figures import ASSUMED, FITTED, MEASURED, PUBLISHED, Figure
 
-_EXCHANGES = 3  # cards, device facts, settings
-_REQUESTS = 3  # of a rank in an exchange: set, wait, get
+_REQUESTS = 3  # of a rank in the exchange: set, wait, get
 _BATCH = 1024  # texts that rank 0 asks for in one request
 _HERE = "on the machine this was written on, 2 cores:"
 
@@ -34,13 +33,15 @@ class StartFigures:
     store_bandwidth: Figure = field(
         default=Figure(337e6, "byte/s", MEASURED, f"{_HERE} TCPStore get of 8 MiB; one thread serves all ranks")
     )
-    card: Figure = field(default=Figure(250, "byte", MEASURED, "the length of a card as it is written to the store"))
+    card: Figure = field(
+        default=Figure(297, "byte", MEASURED, "a card with facts and settings, as it is written to the store")
+    )
     packed_card: Figure = field(
         default=Figure(
-            35, "byte", MEASURED, "what a card adds to the book of all, compressed: 20,000 cards, hosts of 8"
+            29, "byte", MEASURED, "what a card adds to the book of all, compressed: 20,000 cards, hosts of 8"
         )
     )
-    read_card: Figure = field(default=Figure(10e-6, "s", MEASURED, f"{_HERE} unpacking and reading one card of 20,000"))
+    read_card: Figure = field(default=Figure(13e-6, "s", MEASURED, f"{_HERE} unpacking and reading one card of 1,024"))
     gloo_address: Figure = field(
         default=Figure(154, "byte", MEASURED, "what a rank writes for gloo: its addresses, in groups of 4 and 16")
     )
@@ -49,12 +50,14 @@ class StartFigures:
 
 @dataclass(frozen=True)
 class Start:
-    """`server_s` is when the store has answered everything, `rank_s` what a rank does itself; `seconds` is their sum."""
+    """`server_s` is when the store has answered everything, `rank_s` what a rank does itself; `seconds` is their sum. Rank 0,
+    which collects for all, has requests of its own number."""
 
     ranks: int
     groups: int
     eager: bool
     requests_per_rank: float
+    requests_of_rank_0: float
     bytes_per_rank: float
     connections_per_rank: int
     server_s: float
@@ -74,17 +77,19 @@ def predict_start(ranks: int, groups: int, eager: bool, figures: StartFigures = 
     card, packed = figures.card.value, figures.packed_card.value
     if eager:
         made = 1 + groups
-        requests = made * (3.0 * ranks + 3)  # a key of each rank for our cards; a wait and a get of each rank for gloo
+        requests = of_rank_0 = made * (3.0 * ranks + 3)  # a key of each rank for our cards; a wait and a get for gloo
+        keys = requests * ranks
         moved = made * ranks * (card + figures.gloo_address.value)
         connections = made * (ranks - 1)
     else:
-        requests = float(_EXCHANGES * _REQUESTS)
+        requests = float(_REQUESTS)
+        of_rank_0 = 2.0 + 2 * -(-(ranks - 1) // _BATCH)  # set; of each batch wait and get; set
+        keys = requests * (ranks - 1) + of_rank_0 + 2 * ranks  # every key of a batch is looked up
         moved = card + packed * ranks
         connections, made = 0, 1
-    of_rank_0 = 0.0 if eager else _EXCHANGES * (2.0 * -(-ranks // _BATCH) + ranks)  # every key of a batch is looked up
-    server = (requests * ranks + of_rank_0) * figures.request.value + moved * ranks / figures.store_bandwidth.value
+    server = keys * figures.request.value + moved * ranks / figures.store_bandwidth.value
     own = made * ranks * figures.read_card.value + connections * figures.connect.value
-    return Start(ranks, groups, eager, requests, moved, connections, server, own)
+    return Start(ranks, groups, eager, requests, of_rank_0, moved, connections, server, own)
 
 
 class Published(NamedTuple):

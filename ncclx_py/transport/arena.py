@@ -9,7 +9,6 @@ import bisect
 import ctypes
 import math
 import mmap
-import os
 import threading
 import weakref
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ncclx_py.transport.memory import Mapping
-from ncclx_py.transport.window import PAGE, physical_memory
+from ncclx_py.transport.window import PAGE
 
 _ALIGNMENT = 256  # bytes
 
@@ -30,13 +29,13 @@ class _Owner(ctypes.c_ubyte * (1 << 46)):  # type: ignore[misc]
 class Arena:
     """One rank's arena as mapped here, by its owner (who allocates) or by a neighbour (who reads)."""
 
-    def __init__(self, descriptor: int) -> None:
-        """Maps `descriptor`, which stays open."""
-        self._map = Mapping(descriptor)
-        self.size, self.address = self._map.size, self._map.address
+    def __init__(self, memory: Mapping, start: int, size: int) -> None:
+        """`size` bytes of `memory` from `start` on."""
+        self._map, self.start = memory, start
+        self.size, self.address = size, memory.address + start
         self._free = [(0, self.size)]  # (start, stop), ascending, never touching
         self._used = 0
-        self._closed = False
+        self._closed = self._unmapped = False
         self._lock = threading.RLock()  # a collection inside `allocate` may call `_release`
 
     def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -78,7 +77,7 @@ class Arena:
         with self._lock:
             first, last = -(-start // PAGE) * PAGE, (start + length) // PAGE * PAGE
             if first < last:
-                self._map.advise(mmap.MADV_REMOVE, first, last - first)
+                self._map.advise(mmap.MADV_REMOVE, self.start + first, last - first)
             self._used -= 1
             at = bisect.bisect(self._free, (start,))
             stop = start + length
@@ -92,12 +91,6 @@ class Arena:
                 self._unmap()
 
     def _unmap(self) -> None:
-        if not self._used:
-            self._map.close()
-
-
-def create(name: str) -> tuple[int, Arena]:
-    """A new arena, sparse and as large as the machine's memory: its descriptor and its map."""
-    descriptor = os.memfd_create(name, os.MFD_CLOEXEC)
-    os.ftruncate(descriptor, physical_memory() // PAGE * PAGE)
-    return descriptor, Arena(descriptor)
+        if not self._used and not self._unmapped:
+            self._unmapped = True
+            self._map.cut(self.start, self.start + self.size)

@@ -6,19 +6,20 @@
     fabric.abort("why")                                     # any thread: everyone who waits raises
     fabric.close()
 
-Connecting exchanges one card per rank through the store (`exchange`: three messages a rank, at any size), and windows
-between the ranks of each host. TCP connections are opened by the first plan that needs them. A peer's death shows as
-the end of a socket; an abort is a flag in the window inside a host and a message between hosts.
+Connecting exchanges one card per rank through the store (`exchange`: three messages a rank, at any size), and shares memory
+between the ranks of each host (`neighbours`). TCP connections are opened by the first plan that needs them. A peer's death
+shows as the end of its name inside a host, and of a connection between hosts; an abort is a flag in shared memory inside a host
+and a message between hosts.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
-import socket
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -26,10 +27,12 @@ from ncclx_py.errors import CollectiveError
 from ncclx_py.plans.topology import Topology
 from ncclx_py.transport import neighbours, tcp
 from ncclx_py.transport.arena import Arena
-from ncclx_py.transport.bells import Bell, heard
+from ncclx_py.transport.bells import hear
 from ncclx_py.transport.channels import Inbox, Neighbour, Outbox
+from ncclx_py.transport.doors import Doors
 from ncclx_py.transport.exchange import exchange
 from ncclx_py.transport.identity import Card, host_numbers, make_card
+from ncclx_py.transport.mail import Mailbox
 from ncclx_py.transport.neighbours import Household
 from ncclx_py.transport.poller import READABLE, Poller
 from ncclx_py.transport.segments import Segments
@@ -50,13 +53,22 @@ class Fabric:
     """This rank's connections to the other ranks of a group of `size`.
 
     `host_of` has the host of each rank, numbered in the order of their first rank; `rails` is the number of NICs per
-    host. `lock` is held by whoever runs a plan.
+    host. `said` is what each rank gave to `connect`. `lock` is held by whoever runs a plan. `mail` carries messages between two
+    ranks.
     """
 
     def __init__(
-        self, rank: int, cards: list[Card], household: Household, network: Network | None, poller: Poller
+        self,
+        rank: int,
+        cards: list[Card],
+        household: Household,
+        network: Network | None,
+        poller: Poller,
+        doors: Doors,
+        said: list[Any],
     ) -> None:
         """For `connect`."""
+        self.said = said
         self.rank, self.size = rank, len(cards)
         self.host_of = host_numbers(cards)
         self.rails = cards[rank].rails
@@ -67,49 +79,51 @@ class Fabric:
         self.calls = 0  # plans run so far
         self.segments = Segments(household.me.window)
         self._household = household
-        self._bells = {
-            peer: Bell(connection, household.others[peer].window) for peer, connection in household.sockets.items()
-        }
         self._outboxes: dict[tuple[int, int], Outbox] = {}
         self._inboxes: dict[tuple[int, int], Inbox] = {}
         self._reason = ""
         self._told = self._closed = False
         self._abort_lock = threading.RLock()  # a signal handler may abort while this thread does
-        for peer, connection in household.sockets.items():
-            poller.register(connection.fileno(), self._watcher(peer, connection))
+        poller.register(household.line.fileno(), lambda mask: hear(household.line), READABLE)
         if network is not None:
             network.start(self.lose, self.adopt)
+        self.mail = Mailbox(rank, cards, doors, household.me.place % self.rails)
+        self.mail.start(self.look_aside, self.adopt, self.abort)
         _living.add(self)
 
     @classmethod
-    def connect(cls, store: Any, rank: int, size: int, timeout: timedelta) -> Fabric:
-        """Joins all ranks of a group; each must call it, with a store of their own for this.
+    def connect(cls, store: Any, rank: int, size: int, timeout: timedelta, says: Any = None) -> Fabric:
+        """Joins all ranks of a group; each must call it, with a store of their own for this. `says` is a JSON value that travels
+        with this rank's card.
 
         Raises CollectiveError, which names the rank, when some rank does not come before `timeout` has passed, or
         when what the ranks say about themselves does not fit together.
         """
         until = time.monotonic() + timeout.total_seconds()
-        tcp_server = tcp.listen()
-        mine = make_card(rank, tcp_server.getsockname()[1], os.environ)
-        unix_server = neighbours.listen(mine.token)
-        try:
-            cards = _exchange_cards(store, mine, size, timeout)
-            local = [card for card in cards if card.host == mine.host]
-            household = neighbours.move_in(unix_server, local, rank, until)
-        except (OSError, ValueError, RuntimeError) as error:
-            tcp_server.close()
-            unix_server.close()
-            if isinstance(error, CollectiveError):
-                raise
-            raise CollectiveError(f"Rank {rank} of {size} could not join its group: {error}") from error
+        with contextlib.ExitStack() as opened:
+            tcp_server = opened.enter_context(tcp.listen())
+            doors = opened.enter_context(contextlib.closing(Doors()))
+            try:
+                mine = make_card(rank, tcp_server.getsockname()[1], os.environ, doors.port)
+                line = opened.enter_context(neighbours.listen(mine.token))
+                doors.open(mine.token)
+                rows = exchange(store, "fabric", rank, size, [*mine.row(), says], timeout)
+                cards = [Card.from_row(other, row[:-1]) for other, row in enumerate(rows)]
+                _check_rails(cards, mine)
+                local = [card for card in cards if card.host == mine.host]
+                household = neighbours.move_in(line, local, rank, until)
+            except (OSError, ValueError, RuntimeError) as error:
+                if isinstance(error, CollectiveError):
+                    raise
+                raise CollectiveError(f"Rank {rank} of {size} could not join its group: {error}") from error
+            opened.pop_all()
         poller = Poller()
         network = None
         if len(local) < size:
-            place = household.me.place
-            network = Network(tcp_server, cards, rank, place % mine.rails, poller)
+            network = Network(tcp_server, cards, rank, household.me.place % mine.rails, poller)
         else:
             tcp_server.close()
-        return cls(rank, cards, household, network, poller)
+        return cls(rank, cards, household, network, poller, doors, [row[-1] for row in rows])
 
     @property
     def topology(self) -> Topology:
@@ -133,18 +147,18 @@ class Fabric:
         return self.host_of[peer] == self.host_of[self.rank]
 
     def neighbour(self, rank: int) -> Neighbour:
-        return self._household.others[rank]
+        return self._household.neighbour(rank)
 
     def outbox(self, peer: int, lane: int) -> Outbox:
         known = self._outboxes.get((peer, lane))
         if known is None:
-            known = self._outboxes[peer, lane] = Outbox(self.me, self.neighbour(peer), lane, self._bells[peer])
+            known = self._outboxes[peer, lane] = Outbox(self.me, self.neighbour(peer), lane, self._household.bell(peer))
         return known
 
     def inbox(self, peer: int, lane: int) -> Inbox:
         known = self._inboxes.get((peer, lane))
         if known is None:
-            known = self._inboxes[peer, lane] = Inbox(self.me, self.neighbour(peer), lane, self._bells[peer])
+            known = self._inboxes[peer, lane] = Inbox(self.me, self.neighbour(peer), lane, self._household.bell(peer))
         return known
 
     def abort(self, reason: str) -> None:
@@ -153,6 +167,7 @@ class Fabric:
         May be called from any thread, and again. It does not wait.
         """
         self.adopt(f"rank {self.rank}: {reason}")
+        self.mail.end(self._reason)
         if self.lock.acquire(blocking=False):
             try:
                 self.tell()
@@ -165,7 +180,7 @@ class Fabric:
             if self._reason or self._closed:
                 return
             self._reason = reason
-            self.me.window.set_abort_text(reason)
+            self._household.set_abort_text(reason)
 
     def tell(self) -> None:
         """Passes the reason on to other hosts. With `lock` held."""
@@ -183,9 +198,15 @@ class Fabric:
         self.look_at_neighbours()
 
     def look_at_neighbours(self) -> None:
-        for other in self._household.others.values():
-            if other.window.words[0]:
-                self.adopt(other.window.abort_text())
+        text = self._household.abort_text()
+        if text:
+            self.adopt(text)
+
+    def look_for(self, ranks: Iterable[int]) -> None:
+        """Takes note of those of `ranks` on this host whose process is gone."""
+        for rank in ranks:
+            if rank not in self.gone and self.is_local(rank) and not self._household.is_there(rank):
+                self.lose(rank)
 
     def look_aside(self) -> str:
         """The reason of an abort, also of one that comes while no plan runs here. From any thread; it does not wait."""
@@ -201,8 +222,8 @@ class Fabric:
 
     def peers(self) -> dict[int, str]:
         """What is known of the processes of other ranks: "alive", "stopped" or "gone". From any thread."""
-        sockets = {} if self._closed else dict(self._household.sockets)
-        known = {peer: neighbours.process_state(connection) for peer, connection in sockets.items()}
+        others = [] if self._closed else self._household.others
+        known = {peer: self._household.state(peer) for peer in others}
         return {peer: state for peer, state in known.items() if state} | dict.fromkeys(list(self.gone), "gone")
 
     def links(self) -> list[dict[str, int]]:
@@ -211,13 +232,12 @@ class Fabric:
 
     def close(self) -> None:
         """Lets go of all memory, sockets and descriptors. Waits for a plan that runs: abort it to end it."""
+        self.mail.close("this rank has left the group")
         with self.lock, self._abort_lock:
             if self._closed:
                 return
             self._closed = True
             self._reason = self._reason or f"rank {self.rank}: it has left the group"
-            for connection in self._household.sockets.values():
-                self.poller.unregister(connection.fileno())
             if self.network is not None:
                 self.network.close()
             self.poller.close()
@@ -226,32 +246,22 @@ class Fabric:
             self._household.close()
             _living.discard(self)
 
-    def _watcher(self, peer: int, connection: socket.socket) -> Callable[[int], None]:
-        def on_event(mask: int) -> None:
-            if mask & READABLE and not heard(connection):
-                self.poller.unregister(connection.fileno())
-                self.lose(peer)
-
-        return on_event
-
     def forget_sockets(self) -> None:
         """In a forked child: closes its copies, so that the end of the parent is seen by its peers."""
-        for connection in self._household.sockets.values():
-            connection.close()
+        self._household.close_sockets()
         if self.network is not None:
             self.network.forget_sockets()
         self.poller.close()
+        self.mail.after_fork()
 
 
-def _exchange_cards(store: Any, mine: Card, size: int, timeout: timedelta) -> list[Card]:
-    cards = [Card.from_json(text) for text in exchange(store, "fabric", mine.rank, size, mine.to_json(), timeout)]
+def _check_rails(cards: Sequence[Card], mine: Card) -> None:
     for card in cards:
         if card.rails != mine.rails or card.rails_named != mine.rails_named:
             raise ValueError(
                 f"rank {card.rank} has {_rails(card)} and rank {mine.rank} has {_rails(mine)}: set NCCLX_RAILS to as "
                 "many interfaces on every host."
             )
-    return cards
 
 
 def _rails(card: Card) -> str:

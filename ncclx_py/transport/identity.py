@@ -7,14 +7,16 @@ namespace. ``NCCLX_RAILS=eth0,eth1`` names the interfaces that carry traffic bet
 from __future__ import annotations
 
 import fcntl
-import json
+import hashlib
 import os
 import secrets
 import socket
 import struct
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 _SIOCGIFADDR = 0x8915
 _ELSEWHERE = "192.0.2.1"  # reserved for documentation: nothing is sent, only the route is asked for
@@ -26,7 +28,7 @@ class Card:
 
     `host` decides who shares memory, `machine` which addresses work: a loopback address only within one machine.
     `addresses` has one entry per rail where rails are named, else the possible ones of the only rail. `token` must be
-    shown on connecting.
+    shown on connecting. `pid` is that of its process in the PID namespace `pids`. `mail` is the port for messages (``mail.py``).
     """
 
     rank: int
@@ -36,29 +38,45 @@ class Card:
     rails_named: bool
     port: int
     token: str
+    pid: int = 0
+    pids: int = 0
+    mail: int = 0
 
     @property
     def rails(self) -> int:
         return len(self.addresses) if self.rails_named else 1
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
+    def row(self) -> list[Any]:
+        """The card as JSON values, without what goes without saying."""
+        host = "" if self.host == self.machine else self.host
+        where = [host, self.machine, self.addresses, self.rails_named, self.port]
+        return [*where, self.token, self.pid, self.pids, self.mail]
 
     @classmethod
-    def from_json(cls, text: str | bytes) -> Card:
-        fields = json.loads(text)
-        return cls(**{**fields, "addresses": tuple(fields["addresses"])})
+    def from_row(cls, rank: int, row: Sequence[Any]) -> Card:
+        host, machine, addresses, named, port, token, pid, pids, mail = row
+        return cls(rank, host or machine, machine, tuple(addresses), named, port, token, pid, pids, mail)
 
 
 def machine_id() -> str:
     """Equal on ranks that share a kernel boot and a network namespace."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot} {os.readlink('/proc/self/ns/net')}"
+    return f"{_boot_id()} {os.readlink('/proc/self/ns/net')}"
 
 
-def host_id(env: Mapping[str, str]) -> str:
+@cache
+def _boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def pid_namespace() -> int:
+    """A number that is equal on ranks of one host whose process ids mean the same."""
+    return os.stat("/proc/self/ns/pid").st_ino
+
+
+def host_id(env: Mapping[str, str], machine: str = "") -> str:
+    """`machine` is the `machine_id` where it is known already."""
     chosen = env.get("NCCLX_HOST_ID", "")
-    return f"named {chosen}" if chosen else machine_id()
+    return f"named {chosen}" if chosen else machine or machine_id()
 
 
 def rail_names(env: Mapping[str, str]) -> tuple[str, ...]:
@@ -80,9 +98,25 @@ def addresses(env: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(address for address in found if address)) or ("127.0.0.1",)
 
 
-def make_card(rank: int, port: int, env: Mapping[str, str]) -> Card:
-    named = bool(rail_names(env))
-    return Card(rank, host_id(env), machine_id(), addresses(env), named, port, secrets.token_hex(16))
+def make_card(rank: int, port: int, env: Mapping[str, str], mail: int = 0) -> Card:
+    machine, where = machine_id(), addresses(env)
+    return Card(
+        rank,
+        host_id(env, machine),
+        machine,
+        where,
+        bool(rail_names(env)),
+        port,
+        secrets.token_hex(16),
+        os.getpid(),
+        pid_namespace(),
+        mail,
+    )
+
+
+def unix_name(token: str) -> str:
+    """The abstract name of the rank with this token. Names can be seen by everybody on the host, tokens not."""
+    return f"\0ncclx-{hashlib.blake2b(token.encode(), digest_size=12).hexdigest()}"
 
 
 def host_numbers(cards: list[Card]) -> tuple[int, ...]:
@@ -124,9 +158,19 @@ def interface_address(name: str) -> str:
 def _route_to(target: str) -> str:
     """The address of the interface from which `target` is reached, "" where there is no route."""
     try:
-        family, kind, _, _, where = socket.getaddrinfo(target, 9, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind) as probe:
+        family, where = _endpoint(target)
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect(where)
             return str(probe.getsockname()[0])
     except OSError:
         return ""
+
+
+def _endpoint(target: str) -> tuple[int, Any]:
+    """The family and the address of `target`; an IPv4 address needs no looking up."""
+    try:
+        socket.inet_pton(socket.AF_INET, target)
+    except OSError:
+        found = socket.getaddrinfo(target, 9, type=socket.SOCK_DGRAM)[0]
+        return found[0], found[4]
+    return socket.AF_INET, (target, 9)

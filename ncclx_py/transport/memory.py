@@ -46,8 +46,8 @@ def tensor_at(address: int, count: int, dtype: torch.dtype) -> Tensor:
 class Mapping:
     """A descriptor's memory, all `size` bytes of it, shared and writable, at `address`.
 
-    Python's own mmap keeps a copy of the descriptor. A rank maps two for each of its neighbours, and a process that comes to
-    more than 64 descriptors stands still while the kernel enlarges its table (100 ms and more were measured).
+    Python's own mmap keeps a copy of the descriptor, and a process that comes to more than 64 of them stands still while the
+    kernel enlarges its table (100 ms and more were measured).
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -65,11 +65,17 @@ class Mapping:
         if _LIBC.madvise(self.address + start, length, advice):
             raise _failed(f"madvise {advice} of {length} bytes of shared memory failed")
 
+    def cut(self, start: int, stop: int) -> None:
+        """Unmaps whole pages between two offsets, which nobody may do twice. Whoever reads them after that crashes: let go of
+        all views first."""
+        if start < stop and _LIBC.munmap(self.address + start, stop - start):
+            raise _failed(f"{stop - start} bytes of shared memory cannot be unmapped")
+
     def close(self) -> None:
-        """Whoever reads it after that crashes: let go of all views first."""
+        """Unmaps all of it, once."""
         if not self.closed:
             self.closed = True
-            _LIBC.munmap(self.address, self.size)
+            self.cut(0, self.size)
 
 
 def _failed(what: str) -> OSError:

@@ -1,96 +1,136 @@
-"""Brings the ranks of one host together: each hands its window and its arena to each other, over abstract Unix sockets.
+"""Brings the ranks of one host together: the first of them makes their shared memory (`house`) and hands it to the others.
 
-The sockets stay open: the end of one says at once that the process behind it is gone, and a byte wakes it (`bells`).
+Every rank has one Unix datagram socket, bound to an abstract name that follows from its card. The memory comes over it, later
+the bytes that wake it (`bells`); and as long as the name is there, so is the rank: a name goes with its process. A
+rank so has as many descriptors and mappings on a host of 64 ranks as on one of two, and meets all neighbours with one message.
 """
 
 from __future__ import annotations
 
+import array
+import contextlib
 import os
 import socket
-import struct
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ncclx_py.transport import arena as arenas
-from ncclx_py.transport import window as windows
-from ncclx_py.transport.arena import Arena
+from ncclx_py.transport import house as houses
+from ncclx_py.transport.bells import Bell
 from ncclx_py.transport.channels import Neighbour
-from ncclx_py.transport.identity import Card
-from ncclx_py.transport.window import Window
+from ncclx_py.transport.house import House
+from ncclx_py.transport.identity import Card, unix_name
 
-_HELLO = struct.Struct("<32sI")  # the token of the rank that is called, and the rank that calls
-
-
-def unix_name(token: str) -> str:
-    """The abstract name under which a rank listens while a group is made."""
-    return f"\0ncclx-{token}"
+_TOKEN = 32  # bytes, with which a message begins
+_LONGEST = 2048  # bytes of a message
+_PROBE = 0.05  # seconds between two looks whether the first rank is still there
 
 
 def listen(token: str) -> socket.socket:
-    """Must stand before the rank's card is published."""
-    server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    server.bind(unix_name(token))
-    server.listen(512)
-    return server
+    """This rank's socket. Must stand before the rank's card is published."""
+    line = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    line.bind(unix_name(token))
+    return line
 
 
 class Household:
-    """This rank and its neighbours: `me`, `others` by rank (without me), and a socket to each of them."""
+    """This rank and its neighbours, in order of rank: `me` among `cards`; `line` is the socket of `listen`."""
 
-    def __init__(self, me: Neighbour) -> None:
-        self.me = me
-        self.others: dict[int, Neighbour] = {}
-        self.sockets: dict[int, socket.socket] = {}
+    def __init__(self, line: socket.socket, cards: Sequence[Card], rank: int, house: House) -> None:
+        self.line = line
+        self._cards = {card.rank: card for card in cards}
+        self._places = {card.rank: place for place, card in enumerate(cards)}
+        self._rank, self._house = rank, house
+        place = self._places[rank]
+        self.me = Neighbour(rank, place, house.window(place), house.own_arena(place))
+        self._known = {rank: self.me}
+        self._bells: dict[int, Bell] = {}
+        self._probe: socket.socket | None = None
+        line.setblocking(False)
+
+    @property
+    def others(self) -> list[int]:
+        """The ranks of the neighbours."""
+        return [rank for rank in self._cards if rank != self._rank]
+
+    def neighbour(self, rank: int) -> Neighbour:
+        known = self._known.get(rank)
+        if known is None:
+            place = self._places[rank]
+            known = self._known[rank] = Neighbour(rank, place, self._house.window(place), self._house.arena(place))
+        return known
+
+    def bell(self, rank: int) -> Bell:
+        known = self._bells.get(rank)
+        if known is None:
+            name = unix_name(self._cards[rank].token)
+            known = self._bells[rank] = Bell(self.line, name, self.neighbour(rank).window)
+        return known
+
+    def set_abort_text(self, text: str) -> None:
+        """Shows all neighbours why this rank has aborted the group."""
+        self.me.window.set_abort_text(text)
+        self._house.aborted[self.me.place] = 1
+
+    def abort_text(self) -> str:
+        """Why a neighbour has aborted the group; "" while none has."""
+        for rank, place in self._places.items() if any(self._house.aborted) else ():
+            if rank != self._rank and self._house.aborted[place]:
+                return self.neighbour(rank).window.abort_text()
+        return ""
+
+    def is_there(self, rank: int) -> bool:
+        """Whether the process of a neighbour lives and is in the group. Costs microseconds. From any thread."""
+        if self._probe is None:
+            self._probe = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        return _is_there(self._probe, self._cards[rank])
+
+    def state(self, rank: int) -> str:
+        """Of a neighbour's process: "alive", "stopped" or "gone"; "" where it cannot be known (another PID namespace)."""
+        mine, card = self._cards[self._rank], self._cards[rank]
+        if not self.is_there(rank):
+            return "gone"
+        return process_state(card.pid) if card.pids == mine.pids else ""
+
+    def close_sockets(self) -> None:
+        self.line.close()
+        if self._probe is not None:
+            self._probe.close()
 
     def close(self) -> None:
-        for connection in self.sockets.values():
-            connection.close()
-        for neighbour in [self.me, *self.others.values()]:
+        self.close_sockets()
+        for neighbour in self._known.values():
             neighbour.window.close()
-            neighbour.arena.close()
+        self._house.close()
 
 
-def move_in(server: socket.socket, cards: Sequence[Card], rank: int, until: float) -> Household:
-    """Exchanges memory with the other ranks of this host, whose cards (mine included) are given in order of rank.
+def move_in(line: socket.socket, cards: Sequence[Card], rank: int, until: float) -> Household:
+    """Shares memory with the other ranks of this host, whose cards (mine included) are given in order of rank.
 
-    Closes `server`. Raises TimeoutError or ConnectionError, naming the rank, when somebody does not come.
+    Raises TimeoutError or ConnectionError, naming the rank, when somebody does not come. `line` stays open then.
     """
-    places = {card.rank: place for place, card in enumerate(cards)}
-    window_fd, window = windows.create(f"ncclx-window-{rank}", len(cards))
-    arena_fd, arena = arenas.create(f"ncclx-arena-{rank}")
-    household = Household(Neighbour(rank, places[rank], window, arena))
+    first = cards[0]
+    if first.rank == rank:
+        descriptor = houses.create(f"ncclx-house-{rank}", len(cards))
+    else:
+        me = next(card for card in cards if card.rank == rank)
+        descriptor = _receive(line, first, me, until)
     try:
-        for card in cards:
-            if card.rank < rank:
-                household.sockets[card.rank] = _call(card, rank, until)
-        mine = next(card for card in cards if card.rank == rank)
-        later = {card.rank for card in cards if card.rank > rank}
-        while later:
-            connection, caller = _answer(server, mine.token, later, until)
-            household.sockets[caller] = connection
-            later.discard(caller)
-        for connection in household.sockets.values():
-            socket.send_fds(connection, [b"\0"], [window_fd, arena_fd])
-        for other, connection in household.sockets.items():
-            household.others[other] = _receive(connection, other, places[other], len(cards), until)
-            connection.setblocking(False)
-    except BaseException:
-        household.close()
-        raise
+        house = House(descriptor, len(cards))
+        if first.rank == rank:
+            try:
+                _hand_out(line, cards, descriptor, until)
+            except BaseException:
+                house.close()
+                raise
     finally:
-        server.close()
-        os.close(window_fd)
-        os.close(arena_fd)
-    return household
+        os.close(descriptor)
+    return Household(line, cards, rank, house)
 
 
-def process_state(connection: socket.socket) -> str:
-    """Of the process at the other end: "alive", "stopped" or "gone"; "" where it cannot be known (another PID namespace)."""
+def process_state(pid: int) -> str:
+    """Of a process of this PID namespace: "alive", "stopped" or "gone"; "" where it cannot be known."""
     try:
-        pid, _, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-        if pid <= 0:
-            return ""
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except FileNotFoundError:
         return "gone"
@@ -99,64 +139,65 @@ def process_state(connection: socket.socket) -> str:
     return {"T": "stopped", "t": "stopped", "Z": "gone", "X": "gone"}.get(state, "alive")
 
 
-def _call(card: Card, rank: int, until: float) -> socket.socket:
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        connection.settimeout(_left(until, f"rank {card.rank}"))
-        connection.connect(unix_name(card.token))
-        connection.sendall(_HELLO.pack(card.token.encode(), rank))
-    except OSError as error:
-        connection.close()
-        raise ConnectionError(
-            f"rank {card.rank} has the same host id, {card.host!r}, but cannot be reached over a Unix socket ({error}): "
-            "it died, or it is in another network namespace. Set NCCLX_HOST_ID so that it is equal only on one host."
-        ) from error
-    return connection
+def _hand_out(line: socket.socket, cards: Sequence[Card], descriptor: int, until: float) -> None:
+    """Gives the memory to all neighbours; or where one cannot be reached, tells that to all the others."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+        missing = next((card for card in cards if not _is_there(probe, card)), None)
+    if missing is not None:
+        why = _unreachable(missing, "nobody has its name")
+        for card in cards[1:]:
+            with contextlib.suppress(OSError):
+                line.sendto(card.token.encode() + why.encode()[: _LONGEST - _TOKEN], unix_name(card.token))
+        raise ConnectionError(why)
+    gift = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [descriptor]))
+    for card in cards[1:]:
+        line.settimeout(_left(until, f"rank {card.rank}"))
+        try:
+            line.sendmsg([card.token.encode()], [gift], 0, unix_name(card.token))
+        except OSError as error:
+            raise ConnectionError(_unreachable(card, error)) from error
 
 
-def _answer(server: socket.socket, token: str, expected: set[int], until: float) -> tuple[socket.socket, int]:
-    """The next connection from one of the `expected` ranks; strangers are turned away."""
+def _receive(line: socket.socket, first: Card, me: Card, until: float) -> int:
+    """The memory that the first rank of this host hands out; what strangers send is passed over."""
     while True:
-        waits_for = f"ranks {sorted(expected)} of this host"
-        server.settimeout(_left(until, waits_for))
+        line.settimeout(min(_PROBE, _left(until, f"rank {first.rank}")))
         try:
-            connection, _ = server.accept()
+            message, descriptors, _, _ = socket.recv_fds(line, _LONGEST, 1, socket.MSG_CMSG_CLOEXEC)
         except TimeoutError:
-            continue  # _left names those who are missing
-        connection.settimeout(_left(until, waits_for))
-        try:
-            hello = connection.recv(_HELLO.size, socket.MSG_WAITALL)
-        except OSError:
-            hello = b""
-        if len(hello) == _HELLO.size:
-            shown, caller = _HELLO.unpack(hello)
-            if shown == token.encode() and caller in expected:
-                return connection, caller
-        connection.close()
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+                if _is_there(probe, first):
+                    continue
+            raise ConnectionError(_unreachable(first, "nobody has its name")) from None
+        if message[:_TOKEN] != me.token.encode():
+            for descriptor in descriptors:
+                os.close(descriptor)
+        elif descriptors:
+            return descriptors[0]
+        else:
+            raise ConnectionError(message[_TOKEN:].decode(errors="replace"))
 
 
-def _receive(connection: socket.socket, rank: int, place: int, neighbours: int, until: float) -> Neighbour:
-    connection.settimeout(_left(until, f"rank {rank}"))
+def _is_there(probe: socket.socket, card: Card) -> bool:
+    """Whether the name of a card's rank is bound. Connecting a datagram socket sends nothing."""
     try:
-        _, descriptors, _, _ = socket.recv_fds(connection, 1, 2, socket.MSG_CMSG_CLOEXEC)
-    except TimeoutError as error:
-        raise TimeoutError(f"rank {rank} of this host has not sent its window in time.") from error
-    if len(descriptors) != 2:
-        raise ConnectionError(f"rank {rank} of this host went away while the group was made: see its log.")
-    try:
-        window = Window(descriptors[0], neighbours)
-        try:
-            return Neighbour(rank, place, window, Arena(descriptors[1]))
-        except BaseException:
-            window.close()
-            raise
-    finally:
-        for descriptor in descriptors:
-            os.close(descriptor)
+        probe.connect(unix_name(card.token))
+    except (ConnectionRefusedError, FileNotFoundError):
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _unreachable(card: Card, error: object) -> str:
+    return (
+        f"rank {card.rank} has the same host id, {card.host!r}, but cannot be reached over a Unix socket ({error}): "
+        "it died, or it is in another network namespace. Set NCCLX_HOST_ID so that it is equal only on one host."
+    )
 
 
 def _left(until: float, who: str) -> float:
     left = until - time.monotonic()
     if left <= 0:
-        raise TimeoutError(f"{who} did not come in time to make the group: see its log.")
+        raise TimeoutError(f"{who} of this host did not come in time to make the group: see its log.")
     return left

@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 READABLE = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 WRITABLE = select.EPOLLOUT | select.EPOLLHUP | select.EPOLLERR
-_ALL = select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET
 _FD_SETSIZE = 1024
 
 Handler = Callable[[int], None]
@@ -23,9 +22,9 @@ class Poller:
         self._epoll = select.epoll()
         self._handlers: dict[int, Handler] = {}
 
-    def register(self, descriptor: int, handler: Handler) -> None:
+    def register(self, descriptor: int, handler: Handler, events: int = READABLE | WRITABLE) -> None:
         self._handlers[descriptor] = handler
-        self._epoll.register(descriptor, _ALL)
+        self._epoll.register(descriptor, events | select.EPOLLET)
 
     def unregister(self, descriptor: int) -> None:
         if self._handlers.pop(descriptor, None) is not None:

@@ -14,6 +14,7 @@ import socket
 import struct
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import islice
 
 import torch
@@ -104,7 +105,7 @@ class Sender:
 
     def _fail(self, error: OSError) -> None:
         self._writable = False
-        self._lost(self.peer, _lost_text(error))
+        self._lost(self.peer, lost_text(error))
 
 
 class Receiver:
@@ -145,7 +146,7 @@ class Receiver:
             return 0
         except OSError as error:
             self._ready = False
-            self._lost(self.peer, _lost_text(error))
+            self._lost(self.peer, lost_text(error))
             return 0
         if not count:
             self._ready = False
@@ -190,7 +191,7 @@ class _Control:
             if mask & READABLE:
                 self._read()
         except OSError as error:
-            self._lost(self._peer, _lost_text(error))
+            self._lost(self._peer, lost_text(error))
 
     def _flush(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -289,7 +290,7 @@ class Network:
             connection.bind((me.addresses[self._rail], 0))
         failed = connection.connect_ex((address, card.port))
         if failed not in (0, errno.EINPROGRESS):
-            self._lost(peer, _lost_text(OSError(failed, os.strerror(failed))))
+            self._lost(peer, lost_text(OSError(failed, os.strerror(failed))))
         return connection, _HELLO.pack(_HELLO_MAGIC, card.token.encode(), self._rank, lane)
 
     def _prepare(self, connection: socket.socket) -> None:
@@ -358,11 +359,20 @@ class _Arrival:
 
 def listen() -> socket.socket:
     """A listening socket on every address of this host, on a free port."""
-    family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
-    return socket.create_server(("", 0), family=family, backlog=1024, dualstack_ipv6=family == socket.AF_INET6)
+    server = socket.socket(socket.AF_INET6 if _dual_stack() else socket.AF_INET, socket.SOCK_STREAM)
+    if server.family == socket.AF_INET6:
+        server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    server.bind(("", 0))
+    server.listen(1024)
+    return server
 
 
-def _lost_text(error: OSError) -> str:
+@cache
+def _dual_stack() -> bool:
+    return socket.has_dualstack_ipv6()
+
+
+def lost_text(error: OSError) -> str:
     if error.errno == errno.ECONNREFUSED:
         return "it refuses connections: it exited, was killed or left the group"
     return f"the connection to it broke ({error.strerror or error}): it exited, was killed or left the group"

@@ -74,6 +74,8 @@ class Waiting:
             fabric.look_at_neighbours()
         if fabric.reason:
             raise aborted(fabric, self._signature)
+        if self._sleeps % _LOOK == _LOOK - 1:
+            fabric.look_for(awaited())
         if fabric.gone:
             self._look_for_the_gone(now, awaited())
         if self._remote and now > self._since + _WATCH:

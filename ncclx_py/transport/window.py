@@ -1,7 +1,6 @@
 """A rank's window: memory that the other ranks of its host read, and the words by which they tell each other when.
 
-It is a memfd, sparse and as large as the machine's memory: only what is touched exists, no name is left behind by
-``kill -9``, and its file descriptor reaches the neighbours over a Unix socket. Layout:
+It is a part of the memory of the host (see `house`), sparse and as large as the machine's memory. Layout:
 
     page 0      word 0: length of the abort text, 0 while all is well; the text from byte 64
                 word 1: 1 while the owner sleeps and wants to be woken (see `bells`)
@@ -16,7 +15,6 @@ itself, elsewhere `fence` sees to it.
 from __future__ import annotations
 
 import mmap
-import os
 import platform
 import threading
 from collections.abc import Callable
@@ -47,19 +45,14 @@ _FENCE = threading.Lock()
 fence: Callable[[], None] | None = None if platform.machine() in ("x86_64", "AMD64", "i686") else _lock_cycle
 
 
-def physical_memory() -> int:
-    """Bytes of memory of this machine."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
 class Window:
     """One rank's window as mapped here, by its owner or by a neighbour. `address` is where it starts in this process."""
 
-    def __init__(self, descriptor: int, neighbours: int) -> None:
-        """Maps `descriptor`, which stays open."""
+    def __init__(self, memory: Mapping, start: int, size: int, neighbours: int) -> None:
+        """`size` bytes of `memory` from `start` on, on a host with so many ranks (its owner included)."""
         self.data_start = data_start(neighbours)
-        self._map = Mapping(descriptor)
-        self.size, self.address = self._map.size, self._map.address
+        self._map, self._start = memory, start
+        self.size, self.address = size, memory.address + start
         self._bytes = bytes_at(self.address, self.size).cast("B")
         self.words = self._bytes[: self.data_start].cast("Q")
 
@@ -90,19 +83,12 @@ class Window:
         """Returns the memory of whole pages between two byte offsets to the system."""
         start, stop = -(-start // PAGE) * PAGE, stop // PAGE * PAGE
         if start < stop:
-            self._map.advise(mmap.MADV_REMOVE, start, stop - start)
+            self._map.advise(mmap.MADV_REMOVE, self._start + start, stop - start)
 
     def close(self) -> None:
+        """Lets go of the memory, which the house unmaps."""
         self.words.release()
         self._bytes.release()
-        self._map.close()
-
-
-def create(name: str, neighbours: int) -> tuple[int, Window]:
-    """A new window, for a rank with `neighbours` ranks on its host (itself included): its descriptor and its map."""
-    descriptor = os.memfd_create(name, os.MFD_CLOEXEC)
-    os.ftruncate(descriptor, data_start(neighbours) + physical_memory() // PAGE * PAGE)
-    return descriptor, Window(descriptor, neighbours)
 
 
 def block_word(neighbour: int, lane: int) -> int:

@@ -109,33 +109,38 @@ def test_a_drill_ends_in_a_verdict_and_says_what_came_true(tmp_path: Path) -> No
 
 
 @pytest.mark.dist
-def test_a_signal_ends_the_ranks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_ends_the_ranks(signum: int, tmp_path: Path) -> None:
+    """One that the launcher hears, and one that ends it without a word."""
     (tmp_path / "job.py").write_text(
         f"{JOB}\nopen(f'{tmp_path}/pid{{rank}}', 'w').write(str(os.getpid()))\ntime.sleep(1000)\n"
     )
-    words = [
-        sys.executable,
-        "-m",
-        "ncclx_py",
-        "launch",
-        "torchrun",
-        "--log-dir",
-        str(tmp_path / "logs"),
-        "--nproc-per-node",
-        "2",
-    ]
+    words = [sys.executable, "-m", "ncclx_py", "launch", "torchrun", "--log-dir", str(tmp_path / "logs")]
     launcher = subprocess.Popen(
-        [*words, "--", str(tmp_path / "job.py")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*words, "--nproc-per-node", "2", "--", str(tmp_path / "job.py")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     files, until = [tmp_path / f"pid{rank}" for rank in (0, 1)], time.monotonic() + 60
     while not all(file.exists() and file.read_text() for file in files):
         assert time.monotonic() < until
         time.sleep(0.05)
-    launcher.send_signal(signal.SIGTERM)
+    launcher.send_signal(signum)
     _, errors = launcher.communicate(timeout=60)
-    assert launcher.returncode == 128 + signal.SIGTERM
-    assert "received SIGTERM: the ranks were ended" in errors
-    assert not any(Path(f"/proc/{file.read_text()}").exists() for file in files)
+    if signum == signal.SIGTERM:
+        assert launcher.returncode == 128 + signal.SIGTERM
+        assert "received SIGTERM: the ranks were ended" in errors
+    while any(_runs(int(file.read_text())) for file in files):
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
 
 
 @pytest.mark.unit
@@ -147,6 +152,10 @@ def test_a_signal_ends_the_ranks(tmp_path: Path) -> None:
         (["--inject", "drop-link:host=0,step=2"], "use ncclx launch emulate"),
         (["--nproc-per-node", "many"], "--nproc-per-node 'many': give a number"),
         (["--nnodes", "two"], "--nnodes 'two': give a number"),
+        (["--nnodes", "3:2"], "--nnodes '3:2': the smaller number comes first"),
+        (["--nnodes", "2", "--node-rank", "2"], "--node-rank 2: from 0 to 1"),
+        (["--master-port", "65536"], "--master-port 65536: from 0 to 65535"),
+        (["--max-restarts", "-1"], "--max-restarts -1: from 0 to"),
     ],
 )
 def test_bad_input_starts_nothing(

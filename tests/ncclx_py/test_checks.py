@@ -203,7 +203,6 @@ def call(sequence: int, group: Call | None = None) -> Call:
             "peer",
         ),
         ("[../x.cc:78] Timed out waiting 2000ms for recv operation to complete", CollectiveTimeout, "late"),
-        ("Application timeout caused pair closure", CollectiveError, "This rank has closed"),
         ("NCCL error in: x.cpp:1, unhandled cuda error", CollectiveError, "every rank"),
         ("", CollectiveError, "every rank"),
     ],

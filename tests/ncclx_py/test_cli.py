@@ -47,7 +47,7 @@ def test_info_for_people(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     monkeypatch.setenv("SLURM_TASKS_PER_NODE", "2(x2)")
     assert main(["info"]) == 0
     text = capsys.readouterr().out
-    for words in (torch.__version__, "cpu tensors", "gloo", "slurm", "1 of 4", "n1, n2", "[2, 2]"):
+    for words in (torch.__version__, "cpu tensors", "shared memory", "slurm", "1 of 4", "n1, n2", "[2, 2]"):
         assert words in text
     for words in ("2 of 2 ranks (slurm)", "α 50 µs (default), 1.25 GB/s per NIC (default)"):
         assert words in text

@@ -253,6 +253,34 @@ def test_a_wrong_plan_is_refused_on_every_rank_before_a_byte_moves(pool: RankPoo
         assert "rank 1" in message or "rank 2" in message  # what is wrong, and where
 
 
+def counted_verifications(me: Rank, verify: str) -> int:
+    """How often this rank verifies, for two groups that run the same plan."""
+    counts, original = [], engine.verify
+
+    def counting(plan: Plan, topology: Topology) -> None:
+        counts.append(plan)
+        original(plan, topology)
+
+    engine.verify = counting
+    try:
+        for _ in range(2):
+            with variables(NCCLX_ALGO="all_reduce=double_tree(chunks=3)", NCCLX_VERIFY=verify):
+                me.init(fresh=True)
+            tensor = torch.full((777,), me.rank + 1.0)
+            dist.all_reduce(tensor)
+            assert (tensor == 6).all()
+    finally:
+        engine.verify = original
+    return len(counts)
+
+
+@pytest.mark.dist
+def test_a_plan_is_verified_once_in_the_process_of_rank_0(pool: RankPool) -> None:
+    assert pool.run(counted_verifications, "first") == [1, 0, 0]
+    assert pool.run(counted_verifications, "always") == [2, 0, 0]
+    assert pool.run(counted_verifications, "never") == [0, 0, 0]
+
+
 def star(size: int, count: int) -> Plan:
     """Everyone gives to rank 0, which hands out: no algorithm of ours."""
     data, ranks = Span("data", 0, count), []

@@ -112,6 +112,10 @@ def test_a_preempted_job_goes_back_into_the_queue(tmp_path: Path, preempted: str
             ["#SBATCH --cpus-per-task=3", "srun --kill-on-bad-exit=1 --distribution=block --cpus-per-task=3"],
         ),
         ({"rails": "ib0,ib1", "setup": ["module load cuda"]}, ["export NCCLX_RAILS=ib0,ib1", "\nmodule load cuda\n"]),
+        (
+            {"name": "my job", "options": ["comment=two words", "--exclude='n[1-2]'", "mem=0"]},
+            ['--job-name="my job"\n', '--comment="two words"\n', "--exclude='n[1-2]'\n", "--mem=0\n"],
+        ),
         ({"sweep": ["a=1,2", "b=x y"], "at_once": 1}, ["--array=0-1%1", "1) program+=(a=2 'b=x y') ;;"]),
     ],
 )
@@ -139,6 +143,7 @@ def test_options(options: dict[str, Any], words: list[str]) -> None:
         (["2+1", "--sweep", "a=1"], "--sweep: SLURM has no arrays of heterogeneous jobs"),
         (["2+1", "--placement", "cyclic"], "--placement cyclic"),
         (["2x2", "--partition", ""], "--partition '' cannot be an option"),
+        (["2x2", "--name", 'a "b"'], "has a quote or a backslash"),
         (["2x2", "--json", "x"], "--json writes how the job ended: give --wait too"),
         (["2x2", "--inject", "kill:rank=4,step=1"], "rank"),
     ],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from distill.endpoints import explain
+from distill.endpoints import explain, other_weights
 from distill.errors import ServerError
 from distill.rollouts.vllm.client import Server
 
@@ -12,10 +12,11 @@ _SLACK = 1e-3
 """Probabilities may add up to a little more than 1, by rounding."""
 
 
-def check_server(server: Server, context: int, top_k: int) -> str:
+def check_server(server: Server, context: int, top_k: int, path: str | None = None) -> str:
     """Learn the served name; returns a line about the server. Raises ServerError naming what does not fit, and the remedy.
 
-    ``context``: tokens of the longest text; scoring it generates one more. ``top_k``: log-probabilities per position.
+    ``context``: tokens of the longest text; scoring it generates one more. ``top_k``: log-probabilities per position. ``path``:
+    of the teacher's weights, as the run names them; a server that names others is told of.
     """
     status, answer = server.http.ask("GET", "/v1/models")
     if status != 200 or not answer.get("data"):
@@ -31,7 +32,9 @@ def check_server(server: Server, context: int, top_k: int) -> str:
     _check_logprobs(server, top_k)
     _check_cached_scoring(server)
     how = "reads its cache" if server.cached_scoring else "computes every prefix anew"
-    return f"{server.http.name} at {server.http.address}: {model.get('root')}, context {length}; scoring {how}"
+    doubt = other_weights(model.get("root"), path)
+    told = f"{server.http.name} at {server.http.address}: {model.get('root')}, context {length}; scoring {how}"
+    return f"{told}. Mind that {doubt}" if doubt else told
 
 
 def _check_vocabulary(server: Server) -> None:

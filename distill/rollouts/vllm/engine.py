@@ -177,7 +177,8 @@ class VllmEngine:
                     own.wait(deadline)
                 for who, server in self.servers.items():
                     server.http = self._http(who, self._address(who))
-                    say(check_server(server, self._config.train.max_length, self._top_k))
+                    named = self._config.model.teacher.path if who == "teacher" and who not in self._own else None
+                    say(check_server(server, self._config.train.max_length, self._top_k, named))
                     found[who] = server.http.address, server.name, server.cached_scoring
         for who, (address, name, cached) in from_rank_0(found).items():
             server = self.servers[who]

@@ -17,7 +17,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import timedelta
 from types import FrameType
 from typing import Any
 
@@ -27,6 +26,7 @@ import torch.distributed as dist
 from distill.config import RunConfig
 from distill.distributed import device, process_group
 from distill.errors import ConfigError, DistillError, TeacherRankLost
+from distill.rendezvous import connecting, meet
 from distill.teachers.separate.bridge import NOTICE_S, Bridge, Seats
 from distill.teachers.separate.student import Client
 from ncclx_py.runtime.registration import number_ranks
@@ -69,7 +69,8 @@ def current_job() -> Job:
 
 @contextmanager
 def joined_job(config: RunConfig) -> Iterator[Job]:
-    """Meet the other ranks, take a role, build the bridge; leave on the way out. Raises ConfigError for an impossible split."""
+    """Meet the other ranks, take a role, build the bridge; leave on the way out. Raises ConfigError for an impossible split, and
+    MeetingError when the ranks do not come together."""
     store, rank, size = _rendezvous(config)
     students = size - config.teacher.ranks
     if students < 1:
@@ -78,7 +79,8 @@ def joined_job(config: RunConfig) -> Iterator[Job]:
             f"start it on more ranks (torchrun --nproc-per-node {config.teacher.ranks + 1} …)"
         )
     seats = Seats(tuple(range(size)), students, rank)
-    bridge = Bridge(config.comm.backend, store, seats, True, config.comm.timeout_s, _bridge_device(config), 0)
+    with connecting(rank):
+        bridge = Bridge(config.comm.backend, store, seats, True, config.comm.timeout_s, _bridge_device(config), 0)
     role, first = ("teachers", students) if seats.teaches else ("students", 0)
     members = range(first, size if seats.teaches else students)
     number_ranks(role, members)
@@ -99,7 +101,7 @@ def _rendezvous(config: RunConfig) -> tuple[Any, int, int]:
         )
     if "WORLD_SIZE" not in os.environ:
         return dist.HashStore(), 0, 1
-    return next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=config.comm.timeout_s))))
+    return meet(config.comm.timeout_s)
 
 
 def _bridge_device(config: RunConfig) -> torch.device:

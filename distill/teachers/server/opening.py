@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from threading import Thread
 
+from rich.markup import escape
 from transformers import PreTrainedModel
 
 from distill.assembly import Parts
@@ -80,6 +81,7 @@ def need_of(config: RunConfig, parts: Parts) -> Need:
         top_k=config.teacher.top_k,
         model=config.teacher.server.model,
         key_variable=config.teacher.server.key_variable or "VLLM_API_KEY",
+        path=config.model.teacher.path,
     )
 
 
@@ -175,6 +177,8 @@ def _tell(facts: Facts, need: Need, count: int, problems: str) -> None:
     what = {"topk": f"the top {need.wanted}", "sampled": "the sampled token", "logits": "every token"}[need.kind]
     how = "follow the sampling temperature (1 is asked for)" if facts.tempered else "ignore the sampling temperature"
     say(f"teacher '{facts.model}' on {count} server{'s' * (count > 1)}: {what}; its prompt log-probabilities {how}")
+    if facts.doubt:
+        say(f"[bold]{escape(facts.doubt)}[/bold]")
     if problems:
         say(f"not there yet: {problems}")
 

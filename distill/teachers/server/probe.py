@@ -16,7 +16,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from distill.endpoints import Endpoint, NoReply, Reply, explain
+from distill.endpoints import Endpoint, NoReply, Reply, explain, other_weights
 from distill.errors import ServerError
 from distill.seeds import mix
 from distill.teachers.server.question import PATH, Answer, BadAnswer, Question
@@ -45,6 +45,7 @@ class Need:
     top_k: int
     model: str | None = None
     key_variable: str = "VLLM_API_KEY"
+    path: str | None = None  # of the teacher's weights, as the run names them
 
     @property
     def wanted(self) -> int:
@@ -60,17 +61,19 @@ class Need:
 @travels
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What the first server was found to be. ``tempered``: its prompt log-probabilities follow the sampling temperature."""
+    """What the first server was found to be. ``tempered``: its prompt log-probabilities follow the sampling temperature.
+    ``doubt``: it says that it loaded other weights than those that the run names."""
 
     model: str
     context: int | None
     tempered: bool
     fingerprint: tuple[float, ...]
+    doubt: str | None = None
 
 
 def examine(endpoint: Endpoint, need: Need, facts: Facts | None = None) -> Facts:
     """Everything that can be seen from outside; ``facts`` of another server must agree. Raises NotNow, and ServerError."""
-    model, context = _model(endpoint, need)
+    model, context, doubt = _model(endpoint, need)
     question = Question(need.kind, need.wanted, model)
     _check_vocabulary(endpoint, need, question)
     probe = need.probe()
@@ -81,7 +84,7 @@ def examine(endpoint: Endpoint, need: Need, facts: Facts | None = None) -> Facts
     _check_tokens(endpoint, need, reply)
     tempered = _tempered(endpoint, need, question, fingerprint)
     _check_length(endpoint, need, question)
-    return Facts(model, context, tempered, fingerprint)
+    return Facts(model, context, tempered, fingerprint, doubt)
 
 
 def recheck(endpoint: Endpoint, need: Need, facts: Facts) -> None:
@@ -109,8 +112,8 @@ def refusal(endpoint: Endpoint, reply: Reply, need: Need, what: str) -> ServerEr
     )
 
 
-def _model(endpoint: Endpoint, need: Need) -> tuple[str, int | None]:
-    """(served name, context) of the model that the run means."""
+def _model(endpoint: Endpoint, need: Need) -> tuple[str, int | None, str | None]:
+    """(served name, context, why it may be another one) of the model that the run means."""
     reply = _once(endpoint, "GET", "/v1/models")
     if reply.status != 200:
         raise refusal(endpoint, reply, need, "GET /v1/models")
@@ -133,7 +136,12 @@ def _model(endpoint: Endpoint, need: Need) -> tuple[str, int | None]:
             f"train.max_length and one; start it with --max-model-len={need.context + 1} or more, or set "
             f"train.max_length={length - 1}"
         )
-    return model, length if isinstance(length, int) else None
+    doubt = other_weights(served[model].get("root"), need.path)
+    return (
+        model,
+        length if isinstance(length, int) else None,
+        doubt and f"the teacher's server at {endpoint.address}: {doubt}",
+    )
 
 
 def _list(answer: Any) -> list[Any]:

@@ -226,7 +226,10 @@ def test_refusals_are_told_with_their_remedy(stub: Any, monkeypatch: pytest.Monk
 
 def test_a_server_that_does_not_fit_is_refused_before_anything_is_generated(stub: Any) -> None:
     fitting = serve(stub, "student", SHARED)
-    assert "/models/stub, context 1000; scoring reads its cache" in check_server(fitting, 999, 20)
+    assert check_server(fitting, 999, 20, "/models/stub").endswith(
+        "/models/stub, context 1000; scoring reads its cache"
+    )
+    assert "it serves '/models/stub', and model.teacher.path is 'other'" in check_server(fitting, 999, 20, "other")
     for vocabulary, words in (
         (SHARED + 1, "smaller vocabulary than the 62"),
         (SHARED - 1, "larger vocabulary than the 60"),

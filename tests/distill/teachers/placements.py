@@ -87,6 +87,7 @@ def open_stub(
         train=SimpleNamespace(max_length=64),
         comm=SimpleNamespace(timeout_s=timeout_s),
         run=SimpleNamespace(dir=str(run)),
+        model=SimpleNamespace(teacher=SimpleNamespace(path=str(folder))),
     )
     parts = SimpleNamespace(
         tokenizer=AutoTokenizer.from_pretrained(folder), teacher=AutoModelForCausalLM.from_pretrained(folder)

@@ -63,6 +63,13 @@ def test_a_server_that_fits(stub: Any, need: Callable[..., Need]) -> None:
     assert asked(stub, need(model="b")).model == "b"
 
 
+def test_a_server_that_names_other_weights_is_told_of(stub: Any, need: Callable[..., Need], tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("/models/stub")
+    assert [asked(stub, need(path=path)).doubt for path in (None, "/models/stub", str(tmp_path / "link"))] == [None] * 3
+    doubt = asked(stub, need(path="runs/teacher/final")).doubt
+    assert f"server at {stub.url}: it serves '/models/stub', and model.teacher.path is 'runs/teacher/final'" in doubt
+
+
 def shifted(request: dict[str, Any], answer: dict[str, Any]) -> None:
     """It adds a token of its own in front."""
     rows(answer)[1:] = [rows(answer)[-1], *rows(answer)[1:-1]]

@@ -64,6 +64,8 @@ def node_facts(host: int) -> dict[str, Any]:
             },
             "default": "eth0",
             "infiniband": {"mlx5_0:1": {"state": "ACTIVE", "rate": "400 Gb/sec (4X NDR)", "kind": "InfiniBand"}},
+            "congestion": "cubic",
+            "slow_start_after_idle": 0,
         },
         "names": {"host": f"n{host}", "master_host": "n0", "own": [f"10.0.0.{host + 1}"], "master": ["10.0.0.1"]},
         "memory": {

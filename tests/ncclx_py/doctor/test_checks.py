@@ -59,8 +59,8 @@ FAULTS: list[tuple[str, str, str, str, str, Any]] = [
         "DOWN",
     ),
     ("rails", "warn", "23", "rate of RDMA ports", "2 network infiniband mlx5_0:1 rate", "100 Gb/sec"),
-    ("limits", "fail", "3", "open files (ulimit -n) may be only 259", "3 limits open_files", 259),
-    ("limits", "warn", "3", "needs rather 520", "3 limits open_files", 519),
+    ("limits", "fail", "3", "open files (ulimit -n) may be only 255", "3 limits open_files", 255),
+    ("limits", "warn", "3", "needs rather 260", "3 limits open_files", 259),
     ("limits", "fail", "3", "processes (ulimit -u), per rank, may be only 31", "3 limits processes", 63),
     ("limits", "warn", "3", "pids.max", "3 limits task_room", 255),
     ("limits", "fail", "2", "locked memory", "2 limits locked_memory", 8 * 2**20),
@@ -194,6 +194,27 @@ def test_rails_that_differ_in_number_or_family() -> None:
         if rank == 2:
             each["network"]["default"] = None
     assert [one[:3] for one in examined(facts)] == [("rails", "fail", (2, 3))]
+
+
+def test_tcp_between_hosts_where_nothing_faster_is() -> None:
+    def examined_with(rdma: bool, *hosts: tuple[str, int | None]) -> list[tuple[Any, ...]]:
+        facts = healthy.job_facts()
+        for rank, (control, slow_start) in zip((0, 2), hosts):
+            network = facts[rank]["network"]
+            network.update(congestion=control, slow_start_after_idle=slow_start)
+            if not rdma:
+                network["infiniband"]["mlx5_0:1"]["state"] = "DOWN"
+        return examined(facts)
+
+    assert examined_with(False, ("cubic", 0), ("cubic", 0)) == []
+    assert examined_with(False, ("bbr", 1), ("bbr", 1)) == []
+    assert examined_with(False, ("cubic", None), ("cubic", None)) == []
+    assert examined_with(True, ("cubic", 1), ("bbr", 1)) == []
+    (found,) = examined_with(False, ("cubic", 0), ("reno", 1))[1:]
+    assert found[:3] == ("tcp", "warn", (2, 3))
+    (found,) = examined_with(False, ("cubic", 0), ("bbr", 1))
+    assert found[:3] == ("tcp", "warn", (2, 3))
+    assert "TCP's congestion control differs: cubic on n0; bbr on n1" in found[3]
 
 
 def test_prefixes_and_exclusions_of_nccl() -> None:

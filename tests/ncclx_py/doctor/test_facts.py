@@ -165,7 +165,13 @@ def test_a_machine_without_gpus_or_cgroups(tmp_path: Path) -> None:
     facts = collect(bare, Launch("none"), None, tmp_path, 20.0)
     assert facts["errors"] == {}
     assert facts["gpus"] == {"present": 0, "cards": [], "torch": 0, "error": None}
-    assert facts["network"] == {"interfaces": {}, "default": None, "infiniband": {}}
+    assert facts["network"] == {
+        "interfaces": {},
+        "default": None,
+        "infiniband": {},
+        "congestion": None,
+        "slow_start_after_idle": None,
+    }
     assert facts["memory"]["shared"] is None
     assert facts["memory"]["group_limit"] is facts["limits"]["task_room"] is None
 

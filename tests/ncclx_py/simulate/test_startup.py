@@ -9,16 +9,23 @@ import pytest
 from ncclx_py.bench.startup import fake
 from ncclx_py.bench.startup import main as bench
 from ncclx_py.cli import main
+from ncclx_py.simulate import startup
 from ncclx_py.simulate.memory import communicators, gpu_memory, host_memory
 from ncclx_py.simulate.startup import fitted_figures, predict_start, published_starts
+from ncclx_py.transport import exchange
 
 pytestmark = pytest.mark.unit
 
 
 @pytest.mark.parametrize("size", [16, 96])
-def test_requests_and_bytes_of_a_lazy_start_are_those_that_ranks_make(size: int) -> None:
+def test_requests_and_bytes_of_a_lazy_start_are_those_that_ranks_make(
+    size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (exchange, startup):
+        monkeypatch.setattr(module, "_BATCH", 40)  # so that 96 ranks are three batches
     counted, predicted = fake(size), predict_start(size, groups=8, eager=False)
     assert counted["messages_per_rank"] == predicted.requests_per_rank
+    assert counted["messages_of_rank_0"] == predicted.requests_of_rank_0
     # small groups compress worse than the 20,000 cards that the model's figure comes from
     assert predicted.bytes_per_rank * 0.8 < counted["bytes_per_rank"] < predicted.bytes_per_rank * 1.7
     assert counted["bytes_of_rank_0"] > counted["bytes_if_each_read_all"]
@@ -72,7 +79,7 @@ def test_the_command_tells_figures_and_their_sources(capsys: pytest.CaptureFixtu
     assert {one["source"] for one in found["assumptions"].values()} == {"measured", "published", "fitted", "assumed"}
     assert main([*where, "--lazy"]) == 0
     text = capsys.readouterr().out
-    assert "9 keys asked of the store" in text
+    assert "3 keys asked of the store" in text
     assert "1,16" not in text
     assert "265.00 s" in text
 

@@ -27,7 +27,7 @@ def together(
 
     def join(rank: int) -> None:
         try:
-            found[rank] = exchange(stores[rank], "cards", rank, size, text(rank), timeout)
+            found[rank] = exchange(stores[rank], "cards", rank, size, [text(rank), [1, None]], timeout)
         except (CollectiveError, ValueError) as error:
             found[rank] = error
 
@@ -42,7 +42,9 @@ def together(
 @pytest.mark.parametrize("size", [1, 2, 7, 40])
 def test_everybody_gets_what_everybody_gave(size: int) -> None:
     found, _ = together(size, lambda rank: f'{{"é\\"": {rank // 3}}}', dist.HashStore())
-    assert found == [[f'{{"é\\"": {rank // 3}}}' for rank in range(size)]] * size
+    assert [list(map(tuple, rows)) for rows in found] == [
+        [(f'{{"é\\"": {rank // 3}}}', [1, None]) for rank in range(size)]
+    ] * size
 
 
 def test_messages_of_a_rank_do_not_grow_with_the_group() -> None:
@@ -75,12 +77,12 @@ def test_a_first_rank_that_died_before_it_answered_is_named() -> None:
 
 def test_what_an_earlier_group_left_in_the_store_is_refused() -> None:
     store = dist.HashStore()
-    store.set("cards/all", pack(["a", "b", "c"]))
+    store.set("cards/all", pack([["a"], ["b"], ["c"]]))
     assert "earlier group of the same name" in str(together(3, str, store, absent=(0, 2))[0][1])
 
 
 @pytest.mark.parametrize(
-    "packed", [b"", b"nonsense", pack(["a"]), pack(["a"] * 3)[:-6], pack([]), pack(["a", "b", "c", "d"])]
+    "packed", [b"", b"nonsense", pack([["a"]]), pack([["a"]] * 3)[:-6], pack([]), pack([["a"], ["b"], ["c"], ["d"]])]
 )
 def test_a_book_that_is_damaged_or_for_another_size_is_an_error(packed: bytes) -> None:
     with pytest.raises(ValueError, match="what rank 0 wrote"):

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from datetime import timedelta
 
 import pytest
 import torch
-import torch.distributed as dist
 
-from ncclx_py.transport.fabric import _exchange_cards
-from ncclx_py.transport.identity import Card, addresses, host_id, host_numbers, machine_id, make_card, rail_names, reach
+from ncclx_py.transport.fabric import _check_rails
+from ncclx_py.transport.identity import (
+    Card,
+    addresses,
+    host_id,
+    host_numbers,
+    machine_id,
+    make_card,
+    rail_names,
+    reach,
+    unix_name,
+)
 from ncclx_py.transport.signature import RECORD_BYTES, Signature, digest
 
 pytestmark = pytest.mark.unit
@@ -26,8 +34,12 @@ def card(
 
 
 def test_a_card_survives_its_journey() -> None:
-    made = make_card(3, 4567, {"MASTER_ADDR": "127.0.0.1"})
-    assert Card.from_json(made.to_json()) == made
+    made = make_card(3, 4567, {"MASTER_ADDR": "127.0.0.1"}, 89)
+    named = make_card(3, 4567, {"NCCLX_HOST_ID": "x", "NCCLX_RAILS": "lo,lo"})
+    for one in (made, named):
+        assert Card.from_row(3, json.loads(json.dumps(one.row()))) == one
+    assert made.mail == 89
+    assert made.token not in unix_name(made.token), "names can be seen"
     assert made.addresses[0] == "127.0.0.1"
     assert made.rails == 1
 
@@ -86,9 +98,6 @@ def test_digests_are_equal_in_all_processes() -> None:
 )
 def test_ranks_with_other_rails_are_told_who_has_what(rails: tuple[tuple[str, ...], ...], words: str) -> None:
     cards = [card(rank, where=named or ("10.0.0.9",), named=bool(named)) for rank, named in enumerate(rails)]
-    store = dist.HashStore()
-    with ThreadPoolExecutor() as threads:
-        asked = [threads.submit(_exchange_cards, store, one, 2, timedelta(seconds=20)) for one in cards]
-    with pytest.raises(ValueError, match=words):
-        asked[0].result()
-    assert isinstance(asked[1].exception(), ValueError)
+    for mine in cards:
+        with pytest.raises(ValueError, match=words if mine.rank == 0 else "rank 0 has"):
+            _check_rails(cards, mine)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import socket
 from collections.abc import Iterator
@@ -11,54 +12,52 @@ from pathlib import Path
 import pytest
 import torch
 
-from ncclx_py.transport import arena as arenas
-from ncclx_py.transport import window as windows
-from ncclx_py.transport.arena import Arena
-from ncclx_py.transport.bells import Bell, heard
+from ncclx_py.transport import house as houses
+from ncclx_py.transport.bells import Bell, hear
 from ncclx_py.transport.channels import IN_ARENA, Inbox, Neighbour, Outbox
-from ncclx_py.transport.memory import bytes_at
+from ncclx_py.transport.house import House
+from ncclx_py.transport.memory import Mapping, bytes_at
 from ncclx_py.transport.segments import Segments
-from ncclx_py.transport.window import ASLEEP, CALLS, PAGE, RING, Window
+from ncclx_py.transport.window import ASLEEP, CALLS, PAGE, RING
 
 pytestmark = pytest.mark.unit
 
 
 class Pair:
-    """Two ranks, each with its own map of both windows."""
+    """Two ranks, each with its own map of the house."""
 
     def __init__(self) -> None:
-        self.descriptors = [windows.create(f"test-{place}", 2) for place in range(2)]
-        self.arenas = [arenas.create(f"test-arena-{place}") for place in range(2)]
-        self.maps = [window for _, window in self.descriptors] + [Window(fd, 2) for fd, _ in self.descriptors]
-        self.lent = [Arena(fd) for fd, _ in self.arenas]
-        self.lines = socket.socketpair()
-        for line in self.lines:
+        self.descriptor = houses.create("test-house", 2)
+        self.houses = [House(self.descriptor, 2) for _ in range(2)]
+        self.arenas = [house.own_arena(place) for place, house in enumerate(self.houses)]
+        self.maps = [house.window(place) for place, house in enumerate(self.houses)]
+        self.maps += [house.window(1 - place) for place, house in enumerate(self.houses)]  # the neighbour's
+        self.lent = [self.houses[1].arena(0), self.houses[0].arena(1)]
+        self.names = [f"\0ncclx-test-{os.getpid()}-{place}" for place in range(2)]
+        self.lines = [socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) for _ in range(2)]
+        for line, name in zip(self.lines, self.names):
+            line.bind(name)
             line.setblocking(False)
 
     def neighbour(self, place: int, seen_by: int) -> Neighbour:
         if place == seen_by:
-            return Neighbour(place, place, self.maps[place], self.arenas[place][1])
-        return Neighbour(place, place, self.maps[2 + place], self.lent[place])
+            return Neighbour(place, place, self.maps[place], self.arenas[place])
+        return Neighbour(place, place, self.maps[2 + seen_by], self.lent[place])
 
     def channel(self, lane: int = 0) -> tuple[Outbox, Inbox]:
-        at_receiver = Bell(self.lines[0], self.neighbour(1, 0).window)
-        at_sender = Bell(self.lines[1], self.neighbour(0, 1).window)
+        at_receiver = Bell(self.lines[0], self.names[1], self.neighbour(1, 0).window)
+        at_sender = Bell(self.lines[1], self.names[0], self.neighbour(0, 1).window)
         outbox = Outbox(self.neighbour(0, 0), self.neighbour(1, 0), lane, at_receiver)
         return outbox, Inbox(self.neighbour(1, 1), self.neighbour(0, 1), lane, at_sender)
 
     def close(self) -> None:
         for line in self.lines:
             line.close()
-        for fd, window in self.descriptors:
-            os.close(fd)
+        for window in self.maps:
             window.close()
-        for window in self.maps[2:]:
-            window.close()
-        for fd, arena in self.arenas:
-            os.close(fd)
-            arena.close()
-        for arena in self.lent:
-            arena.close()
+        for house in self.houses:
+            house.close()
+        os.close(self.descriptor)
 
 
 def byte_waits(line: socket.socket) -> bool:
@@ -127,12 +126,12 @@ def test_a_channel_goes_on_where_it_stood(pair: Pair) -> None:
 
 
 def test_the_text_of_an_abort_is_cut_to_its_page(pair: Pair) -> None:
-    assert pair.maps[2].abort_text() == ""
+    assert pair.maps[3].abort_text() == ""
     pair.maps[0].set_abort_text("ü" * PAGE)
-    assert pair.maps[2].abort_text().startswith("üü")
+    assert pair.maps[3].abort_text().startswith("üü")
     pair.maps[0].set_call(5, b"all_reduce")
-    assert pair.maps[2].call(5) == "all_reduce"
-    assert pair.maps[2].call(5 + CALLS) == "all_reduce"
+    assert pair.maps[3].call(5) == "all_reduce"
+    assert pair.maps[3].call(5 + CALLS) == "all_reduce"
 
 
 class Receiver:
@@ -197,13 +196,13 @@ def test_memory_beyond_what_the_window_keeps_is_given_back(pair: Pair, monkeypat
     segments = Segments(window)
     start = segments.find(4 << 20, 0)
     window._bytes[start : start + (4 << 20)] = bytes(4 << 20)
-    assert _blocks(pair.descriptors[0][0]) >= 4 << 20
+    assert _blocks(pair.descriptor) >= 4 << 20
     segments.use(start, 4 << 20, 0, ((receiver, 1),))  # type: ignore[arg-type]
     segments.find(8, 1)
-    assert _blocks(pair.descriptors[0][0]) >= 4 << 20, "it is still being read"
+    assert _blocks(pair.descriptor) >= 4 << 20, "it is still being read"
     receiver.taken = 1
     segments.find(8, 1)
-    assert _blocks(pair.descriptors[0][0]) <= (1 << 20) + 4 * PAGE
+    assert _blocks(pair.descriptor) <= (1 << 20) + 4 * PAGE
 
 
 def _blocks(descriptor: int) -> int:
@@ -218,7 +217,7 @@ def test_a_senseless_window_size_is_refused(pair: Pair, monkeypatch: pytest.Monk
 
 
 def test_the_memory_of_a_tensor_is_free_when_the_last_view_is_gone(pair: Pair) -> None:
-    fd, arena = pair.arenas[0]
+    fd, arena = pair.descriptor, pair.arenas[0]
     tensor = arena.allocate((3, 5), torch.bfloat16)
     assert tensor.shape == (3, 5)
     assert tensor.dtype == torch.bfloat16
@@ -240,7 +239,7 @@ def test_the_memory_of_a_tensor_is_free_when_the_last_view_is_gone(pair: Pair) -
 
 
 def test_freed_pieces_of_an_arena_join(pair: Pair) -> None:
-    arena = pair.arenas[0][1]
+    arena = pair.arenas[0]
     tensors = [arena.allocate((1000,), torch.float32) for _ in range(5)]
     places = [tensor.data_ptr() for tensor in tensors]
     for index in (1, 3, 2):
@@ -252,46 +251,81 @@ def test_freed_pieces_of_an_arena_join(pair: Pair) -> None:
 
 
 def test_an_arena_that_is_full_says_so(pair: Pair) -> None:
-    arena = pair.arenas[0][1]
+    arena = pair.arenas[0]
     with pytest.raises(MemoryError, match="in one piece left"):
         arena.allocate((arena.size + 1,), torch.uint8)
 
 
 def test_a_tensor_outlives_its_arena() -> None:
-    fd, arena = arenas.create("test-outlived")
+    fd = houses.create("test-outlived", 3)
+    house = House(fd, 3)
     os.close(fd)
+    arena = house.own_arena(1)
+    whole = mapped("test-outlived")
     tensor = arena.allocate((1000,), torch.float32)
-    arena.close()
+    house.close()
+    assert mapped("test-outlived") == arena.size < whole / 5, "the rest of the house is let go"
     tensor.fill_(4.0)
     assert tensor.sum() == 4000
-    assert "test-outlived" in Path("/proc/self/maps").read_text()
     with pytest.raises(RuntimeError, match="has been destroyed"):
         arena.allocate((1,), torch.float32)
     del tensor
     gc.collect()
-    assert "test-outlived" not in Path("/proc/self/maps").read_text()
+    assert not mapped("test-outlived")
 
 
-def test_maps_keep_no_descriptor_and_end_when_they_are_closed(tmp_path: Path) -> None:
-    """A copy of the descriptor for each map of each neighbour would take a process past 64 of them."""
+def mapped(name: str) -> int:
+    """Bytes of address space over the memory of that name."""
+    ranges = [line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines() if name in line]
+    return sum(int(stop, 16) - int(start, 16) for start, stop in ranges)
+
+
+def test_a_house_keeps_no_descriptor_and_ends_when_it_is_closed(tmp_path: Path) -> None:
+    """A descriptor or two for each neighbour would take a process past 64 of them."""
     before = len(os.listdir("/proc/self/fd"))
-    fd, window = windows.create("test-lean", 2)
-    lent, arena = Window(fd, 2), Arena(fd)
+    fd = houses.create("test-lean", 5)
+    mine, lent = House(fd, 5), House(fd, 5)
     os.close(fd)
     assert len(os.listdir("/proc/self/fd")) == before
-    window.words[7] = 1 << 63
-    assert lent.words[7] == 1 << 63
-    assert Path("/proc/self/maps").read_text().count("test-lean") == 3
-    for one in (window, lent, arena):
-        one.close()
+    windows = [house.window(4) for house in (mine, lent)]
+    windows[0].words[7] = 1 << 63
+    assert windows[1].words[7] == 1 << 63
+    arena = mine.own_arena(4)
+    assert mine.window(4).size - mine.window(4).data_start == arena.size >= 1 << 30
+    assert Path("/proc/self/maps").read_text().count("test-lean") == 2
+    for window in windows:
+        window.close()
+    mine.close()
+    lent.close()
     arena.close()
-    assert "test-lean" not in Path("/proc/self/maps").read_text()
+    assert not mapped("test-lean")
     with pytest.raises(ValueError, match="released"):
-        lent.abort_text()
+        windows[1].abort_text()
     empty = tmp_path / "empty"
     empty.touch()
     with empty.open("r+b") as file, pytest.raises(OSError, match="0 bytes of shared memory cannot be mapped"):
-        Arena(file.fileno())
+        Mapping(file.fileno())
+
+
+def test_windows_and_arenas_of_a_house_do_not_touch() -> None:
+    """At its ends each is written through one map, and read through another."""
+    fd = houses.create("test-rooms", 3)
+    one, other = House(fd, 3), House(fd, 3)
+    os.close(fd)
+    rooms = [(kind, place) for kind in ("window", "arena") for place in range(3)]
+    for number, (kind, place) in enumerate(rooms):
+        room = getattr(one, kind)(place)
+        for at in (0, room.size - 1):
+            bytes_at(room.address + at, 1).cast("B")[0] = number + 1
+    one.aborted[2] = 1
+    extents = sorted((room.address, room.address + room.size) for room in (getattr(one, k)(p) for k, p in rooms))
+    assert all(stop <= start for (_, stop), (start, _) in itertools.pairwise(extents))
+    for number, (kind, place) in enumerate(rooms):
+        room = getattr(other, kind)(place)
+        assert [bytes_at(room.address + at, 1).cast("B")[0] for at in (0, room.size - 1)] == [number + 1] * 2
+    assert list(other.aborted) == [0, 0, 1]
+    one.close()
+    other.close()
 
 
 def test_a_message_wakes_only_a_sleeping_receiver(pair: Pair) -> None:
@@ -301,7 +335,7 @@ def test_a_message_wakes_only_a_sleeping_receiver(pair: Pair) -> None:
     pair.maps[1].words[ASLEEP] = 1
     outbox.post(0, 8, 1, 0)
     assert byte_waits(pair.lines[1])
-    assert heard(pair.lines[1])
+    hear(pair.lines[1])
     assert not byte_waits(pair.lines[1])
 
 
@@ -312,8 +346,3 @@ def test_taking_a_message_wakes_a_sleeping_sender(pair: Pair) -> None:
     assert inbox.ready()
     inbox.consume()
     assert byte_waits(pair.lines[0])
-
-
-def test_the_end_of_a_line_is_heard(pair: Pair) -> None:
-    pair.lines[0].close()
-    assert not heard(pair.lines[1])

@@ -149,6 +149,7 @@ SCRIPT = """
     store = dist.FileStore(sys.argv[2], 2)
     dist.init_process_group("ncclx", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
     dist.barrier()
+    stock = dist.new_group(backend="gloo") if how == "blocked" else None
     if rank == 1:
         print("ready", flush=True)
         sys.stdin.read()
@@ -156,7 +157,7 @@ SCRIPT = """
         sys.exit(0)
     print("ready", flush=True)
     if how == "blocked":
-        dist.recv(torch.ones(1), 1)          # gloo, in C++: no Python handler of the main thread can run
+        dist.recv(torch.ones(1), 1, group=stock)   # in C++: no Python handler of the main thread can run
     elif how == "handled":
         while sys.stdin.readline().strip() != "end":
             pass

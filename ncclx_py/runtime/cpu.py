@@ -1,43 +1,41 @@
-"""CPU tensors: collectives as plans, over shared memory and TCP; messages, sparse tensors and monitored barriers by gloo.
+"""CPU tensors: collectives as plans, over shared memory and TCP; messages between two ranks over ``transport/mail.py``.
 
-Nothing here holds the GIL while it waits. The dtypes and operations that plans reduce are gloo's
-(``reduction.gloo_recipe`` expresses the others in them), so that sparse tensors reduce alike.
+Nothing here holds the GIL while it waits. Making a group connects nobody. The dtypes and operations that plans reduce are
+gloo's (``reduction.gloo_recipe`` expresses the others in them).
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
+import time
 from collections.abc import Sequence
 from datetime import timedelta
-from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from ncclx_py.errors import Call
+from ncclx_py.errors import Call, CollectiveError
 from ncclx_py.runtime.basis import Membership
 from ncclx_py.runtime.choices import Decision
+from ncclx_py.runtime.face import Face
 from ncclx_py.runtime.local import Launch, LocalBackend, guarded
-from ncclx_py.runtime.meeting import MeetingStore
+from ncclx_py.runtime.monitored import monitored_barrier
 from ncclx_py.runtime.pending import Pending
 from ncclx_py.runtime.planned import Alone, connect
 from ncclx_py.runtime.progress import Job
 from ncclx_py.runtime.reduction import Recipe, gloo_recipe
 from ncclx_py.runtime.staging import Staging
-from ncclx_py.runtime.work import CollectiveWork, PeerWork
+from ncclx_py.runtime.work import CollectiveWork, MessageWork
+from ncclx_py.transport.mail import Mailbox
 
 log = logging.getLogger(__name__)
 
-_ABORT_TAG = 0x7E57AB  # no message carries it
 
+class CpuBackend(LocalBackend):
+    """Collectives of CPU tensors. All ranks of the group must construct it."""
 
-class GlooBackend(LocalBackend):
-    """Collectives of CPU tensors. Constructing it connects all ranks of the group: every rank must do so."""
-
-    name = "gloo"
+    name = "cpu"
     wire = frozenset(
         {
             torch.float64,
@@ -52,19 +50,20 @@ class GlooBackend(LocalBackend):
     )
 
     def __init__(self, store: Any, member: Membership, timeout: timedelta) -> None:
-        where = MeetingStore(store, member.rank, member.size, timeout) if member.size > 1 else store
-        native: Any = dist.ProcessGroupGloo(where, member.rank, member.size, timeout)
-        native.options.global_ranks_in_group = list(member.ranks)
-        native.options.group_name = member.group
-        native._set_sequence_number_for_group()
-        super().__init__(native, member.rank, member.size)
-        self._meeting = where  # gloo's own reference does not keep a store of Python's alive
-        # It holds on to gloo, not to us: in a circle, gloo's connections would stay open until the garbage collector comes.
-        self._timeout = partial(_default_timeout, native)
-        self._plans = connect(store, member, self._timeout) if member.size > 1 else None
+        super().__init__(member.rank, member.size)
+        self._face = Face(
+            member, timeout
+        )  # those below hold on to it, not to us: a circle would wait for the collector
+        self._plans = connect(store, member, self._face.timeout) if member.size > 1 else None
         self._collectives = self._plans or Alone()
+        if self._plans is not None:
+            self._plans.fabric.mail.timeout = self._face.timeout
         self._batch: list[CollectiveWork] | None = None
         self._pending = Pending()
+
+    @property
+    def native(self) -> Any:
+        return self._face.backend()
 
     @property
     def collectives(self) -> Any:
@@ -94,19 +93,49 @@ class GlooBackend(LocalBackend):
             self._plans.asking.call = call
         works = [guarded(call, launch) for launch in launches]
         for work in works:
-            if isinstance(work, Job):
-                work.belongs_to(call)
-            else:
-                self.unended.add(call, work)
+            assert isinstance(work, Job)
+            work.belongs_to(call)
         if self._plans is None:  # a group of one: it is done
             call.begun()
             call.parts, call.finished_ns = 0, call.started_ns
         return self._batched(CollectiveWork(call, works, outputs, stage.finish, self._pending))
 
-    def exchange(self, call: Call, launch: Launch, tensor: Tensor, stage: Staging) -> CollectiveWork:
+    def sparse_sum(self, tensor: Tensor, options: Any) -> Job:
+        return self._collectives.allreduce_sparse([tensor], options)
+
+    # Point to point
+
+    def send(self, call: Call, tensor: Tensor, to: int, tag: int) -> CollectiveWork:
+        stage = Staging(self.wire)
+        return self._message(call, tensor, stage, stage.source(tensor), to, tag)
+
+    def recv(self, call: Call, tensor: Tensor, source: int, tag: int) -> CollectiveWork:
+        stage = Staging(self.wire)
+        return self._message(call, tensor, stage, stage.target(tensor), source, tag)
+
+    def recv_any_source(self, call: Call, tensor: Tensor, tag: int) -> CollectiveWork:
+        stage = Staging(self.wire)
+        return self._message(call, tensor, stage, stage.target(tensor), -1, tag)
+
+    def monitored_barrier(self, call: Call, wait_all_ranks: bool) -> None:
+        if self.size > 1:
+            asked = call.timeout if call.timeout.total_seconds() > 0 else self._face.timeout()
+            monitored_barrier(self._mail(call), call, asked, wait_all_ranks)
+
+    def _message(self, call: Call, tensor: Tensor, stage: Staging, flat: Tensor, peer: int, tag: int) -> CollectiveWork:
+        mail = self._mail(call)
         call.begun()
-        native = guarded(call, launch)
-        return self._batched(PeerWork(call, native, tensor, stage.finish, self._pending, sends=call.op == "send"))
+        post = mail.send if call.op == "send" else mail.receive
+        return self._batched(MessageWork(call, post(flat, tensor.dtype, peer, tag, call), tensor, stage.finish))
+
+    def _mail(self, call: Call) -> Mailbox:
+        if self._plans is None:
+            raise CollectiveError(
+                f"{call}: this rank is alone in its group, so there is nobody to exchange messages with."
+            )
+        return self._plans.fabric.mail
+
+    # Facts
 
     def decisions(self) -> list[Decision]:
         return self._plans.decisions() if self._plans is not None else []
@@ -127,40 +156,40 @@ class GlooBackend(LocalBackend):
     def links(self) -> list[dict[str, int]]:
         return self._plans.fabric.links() if self._plans is not None else []
 
+    # Life
+
+    def set_timeout(self, timeout: timedelta) -> None:
+        self._face.set_timeout(timeout)
+
     def shutdown(self) -> None:
         """Waits for what still runs, as long as the group's timeout allows."""
-        if not self._pending.drain(self._timeout().total_seconds()):
+        if not self._drained(self._face.timeout().total_seconds()):
             self.abort()
         if self._plans is not None:
             self._plans.close("the group has been destroyed")
-        super().shutdown()
+        self._face.close()
 
     def abort(self) -> None:
-        """Ends the plans that run, and closes every connection of gloo, here and so on the peers: gloo does that when a
-        receive times out."""
         if self._plans is not None:
             self._plans.abort("the group has been aborted")
-        if self.size > 1:
-            peer = (self.rank + 1) % self.size
-            with contextlib.suppress(RuntimeError):
-                self.native.recv([torch.empty(1, dtype=torch.uint8)], peer, _ABORT_TAG).wait(timedelta(milliseconds=1))
-        super().abort()
+        self._face.close()
 
     def leave(self, seconds: float) -> None:
-        if not self._pending.drain(seconds):
-            log.warning("Leaving with collectives that other ranks never joined; aborting them.")
+        if not self._drained(seconds):
+            log.warning("Leaving with collectives or messages that other ranks never joined; aborting them.")
             self.abort()
             self._pending.drain(1.0)
         elif self._plans is not None:
             self._plans.close("the process is ending")
 
+    def _drained(self, seconds: float) -> bool:
+        """Waits until collectives and sends are through; False when `seconds` pass first."""
+        until = time.monotonic() + seconds
+        if not self._pending.drain(seconds):
+            return False
+        return self._plans is None or self._plans.fabric.mail.drain(until - time.monotonic())
+
     def _batched(self, work: CollectiveWork) -> CollectiveWork:
         if self._batch is not None:
             self._batch.append(work)
         return work
-
-
-def _default_timeout(native: Any) -> timedelta:
-    """gloo keeps the group's default: torch sets it there (``_set_pg_timeout``), past this group."""
-    timeout: timedelta = native.options._timeout
-    return timeout
