@@ -120,9 +120,8 @@ def launch(job: Job, logs: Path, env: Mapping[str, str]) -> tuple[Outcome, RankL
     try:
         config, entrypoint, arguments = torchrun.config_from_args(args)
         config.logs_specs = specs
-        python, *words = tied(
-            [str(entrypoint), *arguments]
-        )  # torch would leave the ranks behind when this process is killed
+        # torch would leave the ranks behind when this process is killed.
+        python, *words = tied([str(entrypoint), *arguments])
         with ends:
             elastic_launch(config, python)(*words)
     except ChildFailedError as error:
