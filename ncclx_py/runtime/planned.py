@@ -273,7 +273,7 @@ def _done() -> Job:
     job = Job(lambda job: None)
     job.carried_by("copy")
     job.work()
-    job.end()
+    job.let_go()
     return job
 
 

@@ -15,36 +15,30 @@ after the job that the callback belongs to, on every rank.
 
 from __future__ import annotations
 
-import _thread
 import threading
 from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
-from torch.futures import Future
-
+from ncclx_py.ending import Ending
 from ncclx_py.errors import Call, CollectiveError
 
 
-class Job:
+class Job(Ending):
     """One collective in flight.
 
     `engine` is what carries it (an algorithm), known once it has been chosen; `call`, or the one given to `belongs_to`,
     learns it for its error messages. `call` also learns when the job begins and ends.
     """
 
-    __slots__ = ("_action", "_call", "_ended", "_error", "_future", "_lock", "engine")
+    __slots__ = ("_action", "_call", "engine")
 
     def __init__(self, action: Callable[[Job], None], call: Call | None = None) -> None:
+        super().__init__()
         self.engine = ""
         self._action: Callable[[Job], None] | None = action
         self._call = call
-        self._error: RuntimeError | None = None
-        self._future: Future[None] | None = None
-        self._lock = _thread.allocate_lock()
-        self._ended = _thread.allocate_lock()  # held until the job has ended: cheaper than an Event
-        self._ended.acquire()
 
     @property
     def call(self) -> Call | None:
@@ -76,51 +70,28 @@ class Job:
             if action is not None:
                 action(self)
         except RuntimeError as error:
-            self._error = error.with_traceback(None)  # its frames would keep the tensors
+            self.error = error.with_traceback(None)  # its frames would keep the tensors
         except BaseException as error:
-            self._error = RuntimeError(f"{type(error).__name__}: {error}")
-            self._error.__cause__ = error
+            self.error = RuntimeError(f"{type(error).__name__}: {error}")
+            self.error.__cause__ = error
         if call is not None:
-            call.over() if self._error is None else call.failed(self._error)
-
-    def end(self) -> None:
-        """Tells those who wait. The callbacks of the future run here, and may ask for the future again."""
-        with self._lock:
-            self._ended.release()
-            future = self._future
-        if future is not None:
-            future.set_result(None)
+            call.over() if self.error is None else call.failed(self.error)
 
     def refuse(self, reason: str) -> None:
         """Ends a job that has not begun."""
         self._action = None
-        self._error = CollectiveError(reason)
+        self.error = CollectiveError(reason)
         if self._call is not None:
-            self._call.failed(self._error)
-        self.end()
+            self._call.failed(self.error)
+        self.let_go()
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         """Blocks without the GIL until the job has ended. Raises its error, or RuntimeError when `timeout` passes."""
         seconds = timeout.total_seconds() if timeout else -1
-        if not self._ended.acquire(timeout=seconds):
+        if not self.pause(seconds):
             raise RuntimeError(f"Timed out waiting {seconds:g} s")
-        self._ended.release()
-        if self._error is not None:  # a new one each time: a traceback that grows keeps the waiters' frames
-            raise type(self._error)(*self._error.args) from self._error.__cause__
+        self.raise_error()
         return True
-
-    def is_completed(self) -> bool:
-        return not self._ended.locked()
-
-    def get_future(self) -> Future[Any]:
-        """A future that completes when the job has ended, well or not: `wait` then tells."""
-        with self._lock:
-            made = self._future is None
-            future = self._future = self._future or Future()
-            late = made and self.is_completed()
-        if late:
-            future.set_result(None)
-        return future
 
 
 class Progress:
@@ -145,7 +116,7 @@ class Progress:
         job = Job(action, call)
         if self._telling == threading.get_ident():
             job.work()
-            job.end()
+            job.let_go()
             return job
         with self._changed:
             if self._closed:
@@ -196,7 +167,7 @@ class Progress:
             job.work()
             self.running = None
             self._telling = self._runner
-            job.end()
+            job.let_go()
         finally:
             with self._changed:
                 self._runner = self._telling = 0

@@ -14,18 +14,17 @@ which they were posted at each end:
 
 from __future__ import annotations
 
-import _thread
 import math
 import socket
 import struct
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.futures import Future
 
+from ncclx_py.ending import Ending
 from ncclx_py.errors import Call, CollectiveError
 from ncclx_py.transport.memory import bytes_at
 from ncclx_py.transport.tcp import lost_text
@@ -41,7 +40,7 @@ _CLOSED = "it closed its connection: it exited, was killed or left the group"
 _NAMES: dict[torch.dtype, bytes] = {}
 
 
-class Letter:
+class Letter(Ending):
     """One send or one receive: a work for `CollectiveWork`. `peer` is −1 while a receive from any source has no sender.
 
     `memory` and `tensor` are let go of when it has ended. `target` and `eager` belong to the mailbox.
@@ -49,11 +48,12 @@ class Letter:
 
     __slots__ = (
         *("peer", "tag", "sends", "call", "tensor", "memory", "size", "dtype", "deadline", "target", "eager", "waited"),
-        *("error", "_post", "_ended", "_future", "_lock", "__weakref__"),
+        *("_post", "__weakref__"),
     )
 
     def __init__(self, post: Post, tensor: Tensor, dtype: torch.dtype, peer: int, tag: int, call: Call) -> None:
         """`tensor` is flat and contiguous; `dtype` is that of the caller's, which may travel as bytes."""
+        super().__init__()
         self.peer, self.tag, self.sends, self.call = peer, tag, call.op == "send", call
         self.size = tensor.numel() * tensor.element_size()
         self.tensor: Tensor | None = tensor
@@ -63,12 +63,7 @@ class Letter:
         self.target = 0  # bytes that its connection must have sent for it to have left
         self.eager = False
         self.waited = True  # whether leaving the group waits for it
-        self.error: RuntimeError | None = None
         self._post = post
-        self._future: Future[Any] | None = None
-        self._lock = _thread.allocate_lock()
-        self._ended = _thread.allocate_lock()  # held until it has ended
-        self._ended.acquire()
 
     def __str__(self) -> str:
         what = f"{described(self.size, self.dtype)} with tag {self.tag}"
@@ -82,13 +77,6 @@ class Letter:
         self.call.over() if self.error is None else self.call.failed(self.error)
         self.let_go()
 
-    def let_go(self) -> None:
-        with self._lock:
-            self._ended.release()
-            future = self._future
-        if future is not None:
-            future.set_result(None)
-
     def wait(self, timeout: timedelta | None = None) -> bool:
         """Blocks without the GIL until the message is through. Raises its error; RuntimeError when `timeout` passes, while
         the message goes on. When the group's own timeout passes, the group ends."""
@@ -98,31 +86,12 @@ class Letter:
                 if timeout:
                     raise RuntimeError(f"Timed out waiting {seconds:g} s")
                 self._post.expire(self, seconds)
-        if self.error is not None:  # a new one each time: a traceback that grows keeps the waiters' frames
-            raise type(self.error)(*self.error.args) from self.error.__cause__
+        self.raise_error()
         return True
-
-    def pause(self, seconds: float) -> None:
-        """Waits up to `seconds` for somebody else to bring it through."""
-        if self._ended.acquire(timeout=seconds):
-            self._ended.release()
-
-    def is_completed(self) -> bool:
-        return not self._ended.locked()
 
     def limit(self) -> None:
         """From now on the group's timeout holds for it although nobody is in `wait`."""
         self._post.limit(self)
-
-    def get_future(self) -> Future[Any]:
-        """A future that completes when the message is through or has failed: `wait` then tells."""
-        with self._lock:
-            made = self._future is None
-            future = self._future = self._future or Future()
-            late = made and self.is_completed()
-        if late:
-            future.set_result(None)
-        return future
 
     def _source_rank(self) -> int:
         return self.peer
